@@ -1,0 +1,39 @@
+# make run    install, then the main job on the embedded default
+# make test   install, then everything CI checks (make test-all: slow tests too)
+# make lab    JupyterLab; every notebook is paired with a script in pynbs/
+# make sync   notebooks -> golf/, clean notebooks, README.md
+VENV := .venv
+BIN  := $(VENV)/bin
+RUN  := $(BIN)/papermill --no-progress-bar nbs/99_run.ipynb
+SEED := 1337
+
+.PHONY: run test test-all lab sync clean
+.DELETE_ON_ERROR:
+
+$(VENV)/installed: constraints.txt pyproject.toml
+	python3 -m venv $(VENV)
+	$(BIN)/python -m pip install -q --disable-pip-version-check \
+	  -c constraints.txt -e '.[dev]'
+	touch $@
+
+run: $(VENV)/installed
+	$(RUN) runs/s$(SEED).ipynb -p seed $(SEED)
+
+test: $(VENV)/installed
+	$(BIN)/python tests/stale.py
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/nbdev_test --n_workers 2 --timing
+	$(BIN)/python -m pytest -q tests
+
+test-all: $(VENV)/installed
+	$(MAKE) test
+	$(BIN)/python -m pytest -q tests -m slow
+
+lab: $(VENV)/installed
+	$(BIN)/jupytext --quiet --sync nbs/*.ipynb
+	$(BIN)/jupyter lab nbs
+
+sync: $(VENV)/installed
+	$(BIN)/python tests/stale.py --mend
+
+clean:
+	rm -rf $(VENV) *.egg-info build .pytest_cache

@@ -1,0 +1,80 @@
+"""Muon's update must not depend on how many ranks share the work."""
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from golf.muon import Muon
+
+# Stacks of 5, 3 and 1: none divides by 2, the last leaves rank 1 idle.
+SHAPES = 5 * [(12, 12)] + 3 * [(20, 8)] + [(8, 20)]
+
+
+def train(normuon, steps=8):
+    "Parameters and this rank's state after some steps of made-up gradients."
+    torch.set_num_threads(1)
+    rng = torch.Generator().manual_seed(0)
+    params = [torch.randn(s, generator=rng).requires_grad_() for s in SHAPES]
+    opt = Muon(params, weight_decay=0.1, normuon=normuon)
+    for t in range(steps):
+        opt.param_groups[0].update(lr=0.02 / (t + 1), momentum=0.85 + 0.01 * t)
+        for p in params:
+            p.grad = torch.randn(p.shape, generator=rng)
+        opt.step()
+    return [p.detach() for p in params], opt.state_dict()
+
+
+def worker(rank, world, folder):
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous",
+                            rank=rank, world_size=world)
+    try:
+        for normuon in (False, True):
+            params, state = train(normuon)
+            torch.save({"params": params, "state": state},
+                       f"{folder}/{normuon}{rank}.pt")
+        dist.barrier()
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    "What each of two ranks was left with, both variants."
+    folder = tmp_path_factory.mktemp("world")
+    mp.spawn(worker, args=(2, str(folder)), nprocs=2)
+    return folder
+
+
+@pytest.mark.parametrize("normuon", [False, True])
+def test_two_ranks_equal_one(folder, normuon):
+    alone, state = train(normuon)
+    ranks = [torch.load(folder / f"{normuon}{r}.pt") for r in range(2)]
+
+    # Both ranks hold bitwise the same model, and it is that of one process.
+    for one, a, b in zip(alone, ranks[0]["params"], ranks[1]["params"]):
+        assert torch.equal(a, b)
+        torch.testing.assert_close(a, one, rtol=0, atol=1e-6)
+
+    # A rank keeps the state of its own share only; together they are whole.
+    for key, whole in state["state"].items():
+        for name, value in whole.items():
+            parts = [r["state"]["state"][key][name] for r in ranks]
+            assert len(parts[0]) == len(parts[1]) == -(-len(value) // 2)
+            joined = torch.cat(parts)
+            torch.testing.assert_close(joined[:len(value)], value,
+                                       rtol=0, atol=1e-6)
+            assert joined[len(value):].abs().sum() == 0
+
+
+def test_state_of_another_world_is_refused():
+    _, state = train(False, steps=1)
+    for entry in state["state"].values():
+        entry["momentum"] = entry["momentum"][:1]
+    params = [torch.zeros(s, requires_grad=True) for s in SHAPES]
+    opt = Muon(params)
+    opt.load_state_dict(state)
+    for p in params:
+        p.grad = torch.ones_like(p)
+    with pytest.raises(ValueError, match="same world size"):
+        opt.step()
+    assert all(p.abs().sum() == 0 for p in params)

@@ -1,0 +1,41 @@
+"""One process or two: the same run."""
+import json
+import shutil
+
+import pytest
+from conftest import golf
+
+
+def lines(folder):
+    return [json.loads(x) for x in
+            (folder/'metrics.jsonl').read_text().splitlines()]
+
+
+def test_two_ranks_train_as_one(tiny_run, tmp_path):
+    "Loss curves of 20 float32 steps within 1e-4."
+    shutil.copy(tiny_run/'params.yaml', tmp_path)
+    golf('train', '--folder', tmp_path, nproc=2)
+    one, two = lines(tiny_run), lines(tmp_path)
+    assert len(one) == len(two) >= 20
+    for a, b in zip(one, two):
+        assert (a['kind'], a['step']) == (b['kind'], b['step'])
+        assert abs(a['loss'] - b['loss']) < 1e-4
+    assert one[-1]['loss'] < one[0]['loss'] - .3, 'it did not learn'
+
+
+def scores(tmp_path, *args, nproc):
+    path = tmp_path/f'scores-{nproc}.json'
+    golf('score', *args, '--json', path, nproc=nproc)
+    found = json.loads(path.read_text())
+    return found['data'], [(s['name'], s['val_loss'], s['val_bpb'])
+                           for s in found['stages']]
+
+
+@pytest.mark.parametrize('what', ['artifact', 'raw'])
+def test_two_ranks_score_as_one(tiny_run, shards, tmp_path, what):
+    "To the last digit, plain and sliding."
+    source = tiny_run/'model.golf' if what == 'artifact' else tiny_run
+    args = f'--{what}', source, '--data', shards
+    one = scores(tmp_path, *args, nproc=1)
+    assert one == scores(tmp_path, *args, nproc=2)
+    assert len(one[1]) == (2 if what == 'artifact' else 1)
