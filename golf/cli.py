@@ -17,7 +17,7 @@ from .artifact import (byte_budget, check_limit, export_artifact,
 from .config import config_text, load_run_config, read_config
 from .corpus import resolve_dataset
 from .launch import abandon_run, finish_run, prepare_run
-from .model import expected_bytes, flops_per_token, parameter_table
+from .model import flops_per_token, parameter_table
 from .ranks import report_errors, start_ranks
 from .report import code_bytes
 from .score import score_artifact, score_weights, write_scores
@@ -28,28 +28,24 @@ def describe(cfg # a `Config`
              ):
     "The facts of a system that follow from its config."
     rows = parameter_table(cfg.model, cfg.quant.formats)
-    size = expected_bytes(cfg.model, cfg.quant.formats)
+    keys = 'role', 'format', 'tensors', 'parameters', 'expected_bytes'
     return dict(
         config=cfg.name, n_params=sum(r[3] for r in rows),
         flops_per_token=flops_per_token(cfg.model, cfg.train.seq_len),
-        parameters=[dict(zip(('role', 'format', 'tensors', 'parameters'), r))
-                    for r in rows],
-        expected_bytes=dict(by_role=size, total=sum(size.values()),
-                            limit=cfg.limit_bytes))
+        expected_bytes=sum(r[4] for r in rows), limit=cfg.limit_bytes,
+        parameters=[dict(zip(keys, r)) for r in rows])
 
 def describe_text(facts # from `describe`
                   ):
     "The same as a table to read."
-    size = facts['expected_bytes']
-    lines = [f'{facts["config"]}: {facts["n_params"]:,} parameters, '
-             f'{facts["flops_per_token"]/1e6:.1f} MFLOP a token in training',
-             '', f'{"role":16}{"format":8}{"tensors":>8}{"parameters":>13}'
-                 f'{"bytes":>13}']
+    lines = [f'{facts["config"]}: {facts["n_params"]:,} parameters',
+             f'{facts["flops_per_token"]/1e6:,.1f} MFLOP a trained token',
+             '', f'{"role":12}{"format":8}{"weights":>10}{"bytes":>11}']
     for r in facts['parameters']:
-        lines.append(f'{r["role"]:16}{r["format"]:8}{r["tensors"]:8}'
-                     f'{r["parameters"]:13,}')
-    total = f'{size["total"]:,} of {size["limit"]:,} bytes expected'
-    return '\n'.join([*lines, '', f'{total}, code not counted'])
+        lines.append(f'{r["role"]:12}{r["format"]:8}{r["parameters"]:10,}'
+                     f'{r["expected_bytes"]:11,}')
+    return '\n'.join([*lines, f'{"model":30}{facts["expected_bytes"]:11,}',
+                      f'{"limit, code included":30}{facts["limit"]:11,}'])
 
 # %% ../nbs/21_cli.ipynb #67ba6fb6
 def pack_run(folder # of a run with a checkpoint

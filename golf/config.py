@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SCALARS', 'CHOICES', 'FLAGSHIP', 'SMOKE', 'ConfigError', 'DataConfig', 'ModelConfig', 'OptimConfig', 'TrainConfig',
            'QatConfig', 'QuantConfig', 'ScoreConfig', 'Config', 'parse_yaml', 'merge', 'build_config', 'project_root',
-           'find_params', 'resolve_auto', 'load_run_config', 'data_path', 'config_text', 'read_config']
+           'find_params', 'resolve_auto', 'load_run_config', 'config_text', 'read_config']
 
 # %% ../nbs/00_config.ipynb #e5248cb2
 import difflib, json, re
@@ -323,11 +323,12 @@ def find_params(name,     # "pr137" or a path to a YAML file
 FLAGSHIP = 'pr137'
 SMOKE = 'smoke'
 
-def resolve_auto(has_cuda,    # is there a GPU
-                 shards,      # folder where the flagship's shards belong
+def resolve_auto(has_cuda, # is there a GPU
+                 shards,   # folder where the flagship's shards belong
+                 root='.'  # of the project, if `shards` is relative
                  ):
     "The config that `auto` means here, and why."
-    found = any(Path(shards).glob('fineweb_train_*.bin'))
+    found = any(Path(root, shards).glob('fineweb_train_*.bin'))
     if has_cuda and found: return FLAGSHIP, 'a GPU and the official shards'
     lack = [x for x, ok in (('no GPU', has_cuda),
                             (f'no official shards in {shards}', found))
@@ -346,8 +347,8 @@ def load_run_config(config='auto', # "auto" | name | path | names with "+"
     if config == 'auto':
         import torch
         flagship = parse_yaml(find_params(FLAGSHIP, root).read_text(), '')
-        shards = root/data_path(flagship, root, data)
-        config, why = resolve_auto(torch.cuda.is_available(), shards)
+        config, why = resolve_auto(torch.cuda.is_available(),
+                                   data or flagship['data']['path'], root)
     tree = {}
     for name in config.split('+'):
         path = find_params(name, root)
@@ -358,13 +359,6 @@ def load_run_config(config='auto', # "auto" | name | path | names with "+"
     tree = merge(tree, dict(name=name, seed=seed))
     if data: tree = merge(tree, dict(data=dict(path=data)))
     return build_config(merge(tree, overrides), name), why
-
-def data_path(tree,  # a config's tree
-              root,  # project folder
-              data   # the user's choice, "" = none
-              ):
-    "The data folder a run would read, below `root` unless absolute."
-    return Path(root)/(data or tree.get('data', {}).get('path', ''))
 
 # %% ../nbs/00_config.ipynb #5bf57cee
 def _plain(x # a value of a config
