@@ -17,6 +17,7 @@ $(VENV)/installed: constraints.txt pyproject.toml
 	touch $@
 
 run: $(VENV)/installed
+	mkdir -p runs
 	$(RUN) runs/s$(SEED).ipynb -p seed $(SEED)
 
 test: $(VENV)/installed

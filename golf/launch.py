@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['visible_devices', 'stage_command', 'stage_name', 'process_table', 'other_process', 'owned_sibling', 'dead_siblings',
-           'flat', 'check_out', 'prepare_run', 'abandon_run', 'finish_run', 'restore_old', 'descendants',
+           'flat', 'settings', 'check_out', 'prepare_run', 'abandon_run', 'finish_run', 'restore_old', 'descendants',
            'end_descendants', 'supervise', 'LineTail', 'run_stage', 'torchrun_failures', 'error_files', 'first_to_fail',
            'exit_cause', 'last_exception', 'StageFailed', 'stage_failure', 'status_line', 'LiveView']
 
@@ -12,6 +12,8 @@ __all__ = ['visible_devices', 'stage_command', 'stage_name', 'process_table', 'o
 import ctypes, json, os, re, select, shlex, shutil, signal, socket
 import subprocess, sys, time
 from pathlib import Path
+
+from .config import ConfigError, build_config, config_text, parse_yaml
 
 # %% ../nbs/20_launch.ipynb #014da4b5
 def visible_devices(nproc=0,      # processes asked for, 0 = all GPUs
@@ -105,21 +107,28 @@ def flat(tree,    # nested mappings and lists
         leaves |= flat(v, f'{prefix}.{k}' if prefix else str(k))
     return leaves
 
+def settings(text, # a run's params.yaml
+             source # what to call it in an error
+             ):
+    "Its leaves, keys that it does not have yet at their defaults."
+    tree = parse_yaml(text, source)
+    try: return flat(parse_yaml(config_text(build_config(tree, source)), ''))
+    except ConfigError: return flat(tree)  # not of this version
+
 def check_out(out, # folder to write a run to
               text # this run's resolved config, YAML
               ):
     "Raise a `ValueError` if `out` holds anything but a run of this config."
-    import yaml
     if not out.exists() or (out.is_dir() and not any(out.iterdir())): return
     known = out/'params.yaml'
     if not known.is_file():
         raise ValueError(f'{out} is there and holds no run (no params.yaml); '
                          'give another `out`, or remove it')
-    try: there, here = (flat(yaml.safe_load(t)) for t in
-                        (known.read_text(encoding='utf8'), text))
-    except yaml.YAMLError:
-        raise ValueError(f'{known} is not YAML; give another `out`, or '
-                         'remove that folder') from None
+    try: there = settings(known.read_text(encoding='utf8'), known)
+    except ConfigError as e:
+        raise ValueError(f'{e}; give another `out`, or remove that '
+                         'folder') from None
+    here = settings(text, 'this run')
     for key in {**here, **there}:
         a, b = there.get(key, 'absent'), here.get(key, 'absent')
         if a != b: raise ValueError(
