@@ -23,6 +23,9 @@ run: $(VENV)/installed
 test: $(VENV)/installed
 	$(BIN)/python tests/stale.py
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/nbdev_test --n_workers 2 --timing
+	tmp=$$(mktemp -d) && trap 'rm -rf '$$tmp EXIT && \
+	$(RUN) $$tmp/run.ipynb -p config smoke -p out $$tmp/run \
+	  -p overrides '{train: {seconds: 10}}'
 	$(BIN)/python -m pytest -q tests
 
 test-all: $(VENV)/installed

@@ -110,7 +110,9 @@ def test_no_process_outlives_the_notebook(tmp_path, number):
     process = subprocess.Popen(
         [sys.executable, '-c', notebook], text=True, cwd=tmp_path,
         stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-        env=os.environ | environment(tmp_path))
+        env=os.environ | environment(tmp_path),
+        # a background job of a shell starts with SIGINT ignored
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     assert any(line.startswith('step') for line in process.stdout)
     family = descendants(process.pid)
     assert workers(tmp_path) < family

@@ -188,3 +188,15 @@ def test_a_model_over_the_limit(shards, tmp_path):
     assert 'embedding' in text and 'code' in text
     assert not (tmp_path/'run').exists()
     assert (tmp_path/'run.failed/checkpoint/model.pt').is_file()
+
+
+@pytest.mark.slow
+def test_the_default_run_beats_xz(tmp_path):
+    "`make run` on the embedded text: sliding BPB below that of xz -9e."
+    from golf.corpus import embedded_dataset, text_baselines
+    code, said = run(tmp_path/'run.ipynb', config='smoke',
+                     out=tmp_path/'run')
+    assert code == 0, said
+    final = json.loads((tmp_path/'run/result.json').read_text())['final']
+    assert final['stage'] == 'sliding'
+    assert final['val_bpb'] < text_baselines(embedded_dataset())['xz']
