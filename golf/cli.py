@@ -35,6 +35,7 @@ def describe(cfg # a `Config`
         expected_bytes=sum(r[4] for r in rows), limit=cfg.limit_bytes,
         parameters=[dict(zip(keys, r)) for r in rows])
 
+# %% ../nbs/21_cli.ipynb #9ff85118
 def describe_text(facts # from `describe`
                   ):
     "The same as a table to read."
@@ -62,6 +63,7 @@ def pack_run(folder # of a run with a checkpoint
     print(f'model.golf: {len(blob):,} bytes and {code:,} of code, of '
           f'{cfg.limit_bytes:,}', flush=True)
 
+# %% ../nbs/21_cli.ipynb #12bbca97
 def default_out(cfg # a `Config`
                 ):
     "Where a run goes unless it is told."

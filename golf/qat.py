@@ -49,6 +49,7 @@ def rounding_effect(model,   # a `GPT`
     set_rounding(model, False)
     return torch.stack(losses)
 
+# %% ../nbs/09_qat.ipynb #54680a1a
 def prove_rounding(model,   # a `GPT` whose output matrices are not zero
                    forward, # its compiled form
                    ids,     # [B, T] tokens

@@ -92,6 +92,7 @@ def cpu_share(world # processes on this machine
              if hasattr(os, 'sched_getaffinity') else os.cpu_count())
     return max(1, cores // world)
 
+# %% ../nbs/11_ranks.ipynb #d047da4b
 @contextmanager
 def start_ranks(want,     # "auto", "cpu" or "cuda"
                 threads=0 # CPU threads a process, 0 = its share
@@ -139,6 +140,7 @@ def machine(ranks # `Ranks`
                 world_size=ranks.world, torch=torch.__version__,
                 attention='sdpa')
 
+# %% ../nbs/11_ranks.ipynb #31c1e797
 def utilisation(flops_per_second, # of the model, over all ranks
                 ranks             # `Ranks`
                 ):

@@ -63,6 +63,7 @@ def compiled_forward(model, # a `GPT`
                                    and device.type == 'cuda')
     return torch.compile(model, fullgraph=True) if on else model
 
+# %% ../nbs/16_score.ipynb #66506fe5
 def score_stage(name,    # "raw", "averaged", "quantized" or "sliding"
                 forward, # from `compiled_forward`
                 text,    # a `Text`
@@ -99,6 +100,7 @@ def artifact_model(path,  # model.golf
     model.load_state_dict(state)
     return model.to(device).eval(), score, meta
 
+# %% ../nbs/16_score.ipynb #de627712
 def check_text(dataset, # a `Dataset`
                sha,     # of the tokenizer the model was trained with
                source   # what was trained, for the error
@@ -109,7 +111,7 @@ def check_text(dataset, # a `Dataset`
             f'{sha[:12]}…, but {dataset.name} uses {dataset.tokenizer} '
             f'({dataset.tokenizer_sha256[:12]}…): its ids mean other text')
 
-# %% ../nbs/16_score.ipynb #de627712
+# %% ../nbs/16_score.ipynb #86f740bf
 def score_artifact(path,    # model.golf
                    dataset, # a `Dataset`
                    ranks    # `Ranks`
@@ -124,6 +126,7 @@ def score_artifact(path,    # model.golf
         score_stage(name, forward, text, score, ranks)
         for name in ('quantized', 'sliding')])
 
+# %% ../nbs/16_score.ipynb #758037bf
 def score_weights(state,   # float weights of a checkpoint
                   cfg,     # the run's `Config`
                   dataset, # a `Dataset`

@@ -1,9 +1,10 @@
 """One process or two: the same run."""
 import json
+import os
 import shutil
 
 import pytest
-from conftest import golf
+from conftest import TINY, golf
 
 
 def lines(folder):
@@ -39,3 +40,14 @@ def test_two_ranks_score_as_one(tiny_run, shards, tmp_path, what):
     one = scores(tmp_path, *args, nproc=1)
     assert one == scores(tmp_path, *args, nproc=2)
     assert len(one[1]) == (2 if what == 'artifact' else 1)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which(os.environ.get('CXX', 'g++')),
+                    reason='compiling for a CPU needs a C++ compiler')
+def test_compiled_is_the_same_run(tiny_run, shards, tmp_path):
+    "Compiled for the CPU: rounding proved live, no recompile, same losses."
+    golf('train', 'smoke', '--data', shards, '--out', tmp_path/'run',
+         '--overrides', TINY.replace('compile: off', 'compile: on'))
+    for a, b in zip(lines(tiny_run), lines(tmp_path/'run')):
+        assert abs(a['loss'] - b['loss']) < 1e-3
