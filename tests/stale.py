@@ -29,7 +29,8 @@ def readme(notebook):
     for cell in cells:
         text = ''.join(cell['source']).strip()
         if cell['cell_type'] == 'markdown':
-            parts.append(re.sub(r'\]\((\d\d_\w+\.ipynb)', r'](nbs/\1', text))
+            text = re.sub(r'\]\((\d\d_\w+\.ipynb)', r'](nbs/\1', text)
+            parts.append(text.replace('](../', ']('))
         elif text and '#| hide' not in text:
             parts.append(f'```python\n{text}\n```')
             for out in cell['outputs']:
