@@ -24,6 +24,20 @@ def test_two_ranks_train_as_one(tiny_run, tmp_path):
     assert one[-1]['loss'] < one[0]['loss'] - .3, 'it did not learn'
 
 
+def test_torchrun_makes_a_whole_run(tiny_run, shards, tmp_path):
+    "From a config to a packed artifact; another config there is refused."
+    args = ['train', 'smoke', '--data', shards, '--overrides', TINY,
+            '--out', tmp_path/'run']
+    golf(*args, nproc=2)
+    assert [p.name for p in tmp_path.iterdir()] == ['run']
+    assert (tmp_path/'run/model.golf').is_file()
+    assert (tmp_path/'run/params.yaml').read_text() == \
+        (tiny_run/'params.yaml').read_text()
+    done = golf(*args, '--seed', 8, nproc=2, check=False, timeout=120)
+    assert done.returncode != 0 and 'seed is 1337 there' in done.stderr
+    assert [p.name for p in tmp_path.iterdir()] == ['run']
+
+
 def scores(tmp_path, *args, nproc):
     path = tmp_path/f'scores-{nproc}.json'
     golf('score', *args, '--json', path, nproc=nproc)
