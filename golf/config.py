@@ -9,7 +9,7 @@ __all__ = ['SCALARS', 'CHOICES', 'FLAGSHIP', 'SMOKE', 'ConfigError', 'DataConfig
 
 # %% ../nbs/00_config.ipynb #e5248cb2
 import difflib, json, re
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Literal
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .attention import Linear, Rotary, rms
+from .attention import Rotary, rms
 from .blocks import Block, skip_pairs
 from .grid import format_bits, format_of, qmax, role_of
 

@@ -94,8 +94,8 @@ def compile_choice(wish,  # "auto", "on" or "off"
     if device.type == 'cuda': return True, 'compiled for the GPU'
     if compiler: return True, f'compiled with {Path(compiler).name}'
     if wish == 'on':
-        raise RuntimeError('train.compile: on, but there is no C++ compiler '
-                           '(g++). Install one or set it to auto')
+        raise ValueError('train.compile: on, but there is no C++ compiler '
+                         '(g++). Install one or set it to auto')
     return False, 'eager: no C++ compiler (g++) here'
 
 # %% ../nbs/12_train.ipynb #04ddb371
