@@ -101,7 +101,7 @@ def score_command(a # parsed arguments
     if a.raw:
         cfg = read_config(Path(a.raw)/'params.yaml')
         state, _ = load_checkpoint(Path(a.raw)/'checkpoint')
-    folder = Path(a.json).parent if a.json else Path('.')
+    folder = Path(a.json).parent if a.json else None
     with report_errors(folder), start_ranks(a.device) as ranks:
         dataset = resolve_dataset(a.data, a.tokenizer)
         scores = (score_weights(state, cfg, dataset, ranks) if a.raw

@@ -114,7 +114,7 @@ def start_ranks(want,     # "auto", "cpu" or "cuda"
 
 # %% ../nbs/11_ranks.ipynb #66a48bb6
 @contextmanager
-def report_errors(folder # where error-rank<r>.json goes
+def report_errors(folder # where error-rank<r>.json goes, None = nowhere
                   ):
     "Leave the cause of an exception in `folder`, then let it pass."
     try: yield
@@ -123,7 +123,7 @@ def report_errors(folder # where error-rank<r>.json goes
         text = json.dumps(dict(
             rank=rank, error=f'{type(e).__name__}: {e}',
             traceback=traceback.format_exc(), time=time.time()))
-        if Path(folder).is_dir():
+        if folder and Path(folder).is_dir():
             Path(folder, f'error-rank{rank}.json').write_text(text)
         raise
 
