@@ -246,11 +246,12 @@ def step_seconds(clock, # the run's `Clock`
     return max(recent, default=0.) * (1 + clock.in_flight)
 
 # %% ../nbs/12_train.ipynb #d9d5e16f
-def run_steps(job, # the run, warmed up
-              log  # called with each metrics line, a dict
+def run_steps(job,  # the run, warmed up
+              log,  # called with each metrics line, a dict
+              clock # a `Clock`, not started
               ):
     "Train until the budget is spent; (steps, seconds on the clock)."
-    cfg, clock, ranks = job.cfg, Clock(job.ranks.device), job.ranks
+    cfg, ranks = job.cfg, job.ranks
     step, recent, logged = 0, deque(maxlen=20), (0, 0.)
     clock.start()
     while True:
@@ -366,7 +367,7 @@ def train_run(cfg,   # a `Config`
             metrics.write(json.dumps(line) + '\n'); metrics.flush()
             rest = {k: round(v, 4) for k, v in line.items() if k != 'kind'}
             say(line['kind'], rest, flush=True)
-        steps, seconds = run_steps(job, log)
+        steps, seconds = run_steps(job, log, Clock(ranks.device))
     job.loader.close()
     if ranks.first:
         save_checkpoint(out/'checkpoint', job.model,
