@@ -98,6 +98,9 @@ def train_command(a # parsed arguments
 def score_command(a # parsed arguments
                   ):
     "`golf score`: BPB of an artifact, or of a run's float weights."
+    if a.json and not Path(a.json).absolute().parent.is_dir():
+        raise FileNotFoundError(f'--json {a.json}: there is no such folder; '
+                                'make it first')
     if a.raw:
         cfg = read_config(Path(a.raw)/'params.yaml')
         state, _ = load_checkpoint(Path(a.raw)/'checkpoint')

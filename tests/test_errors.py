@@ -137,3 +137,10 @@ def test_a_text_of_another_tokenizer(tiny_run, tmp_path):
     said = refused(tmp_path, 'score', '--artifact', tiny_run/'model.golf',
                    '--data', 'embedded')
     assert 'tokenizer' in said and 'other text' in said
+
+
+def test_scores_to_a_folder_that_is_not_there(tiny_run, shards, tmp_path):
+    "Refused before the scoring, not after it."
+    said = refused(tmp_path, 'score', '--artifact', tiny_run/'model.golf',
+                   '--data', shards, '--json', tmp_path/'none/scores.json')
+    assert 'no such folder' in said
