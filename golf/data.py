@@ -7,7 +7,8 @@ __all__ = ['SHARD_MAGIC', 'SHARD_VERSION', 'HEADER_BYTES', 'MAX_SHARD_TOKENS', '
            'shard_length', 'read_shard', 'write_split', 'tokenizer_settings', 'train_tokenizer', 'load_tokenizer',
            'tokenizer_sha256', 'encode_documents', 'ByteTables', 'byte_tables', 'target_bytes', 'Dataset',
            'shards_fingerprint', 'find_tokenizer', 'check_tokenizer', 'read_manifest', 'open_dataset', 'TokenStream',
-           'heldout_tokens', 'fill_queue', 'ReadAhead', 'span_tokens', 'span_batches', 'Loader', 'val_targets']
+           'heldout_tokens', 'fill_queue', 'end_thread', 'ReadAhead', 'span_tokens', 'span_batches', 'Loader',
+           'val_targets']
 
 # %% ../nbs/01_data.ipynb #8d0b1679
 import hashlib
@@ -18,6 +19,7 @@ import queue
 import re
 import tempfile
 import threading
+import weakref
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -448,17 +450,23 @@ def fill_queue(items,  # iterator
         put(error)
 
 # %% ../nbs/01_data.ipynb #a8cc1846
+def end_thread(thread, stop):
+    "Ask a thread to end and wait until it has."
+    stop.set()
+    thread.join()
+
+# %% ../nbs/01_data.ipynb #dbd1e6d4
 class ReadAhead:
     "Items of an iterator, made by a thread that stays ahead."
     def __init__(self,
                  items,    # iterator
                  depth=2,  # items kept ready
                  ):
-        self.queue, self.stop = queue.Queue(depth), threading.Event()
+        self.queue, stop = queue.Queue(depth), threading.Event()
         self.thread = threading.Thread(
-            target=fill_queue, args=(items, self.queue, self.stop),
-            daemon=True)
+            target=fill_queue, args=(items, self.queue, stop), daemon=True)
         self.thread.start()
+        self.close = weakref.finalize(self, end_thread, self.thread, stop)
 
     def get(self):
         "The next item, or the error that the iterator ended with."
@@ -467,8 +475,6 @@ class ReadAhead:
             self.queue.put(item)  # so that asking again fails again
             raise item
         return item
-
-    def __del__(self): self.stop.set()
 
 # %% ../nbs/01_data.ipynb #496b74c7
 def span_tokens(stream,        # TokenStream
@@ -551,6 +557,7 @@ class Loader:
 
     def close(self):
         "Stops reading ahead; a later `next_batch` starts again."
+        if self.ahead: self.ahead.close()
         self.ahead = None
 
     def state_dict(self):  # -> {"position": int}
@@ -559,7 +566,8 @@ class Loader:
 
     def load_state_dict(self, state):
         "Goes on from a saved position, dropping what was read ahead."
-        self.position, self.ahead = int(state["position"]), None
+        self.close()
+        self.position = int(state["position"])
 
 # %% ../nbs/01_data.ipynb #88b0f524
 def val_targets(files,    # paths of the val shards, in order

@@ -2,6 +2,8 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 from conftest import TINY, golf
@@ -36,6 +38,17 @@ def test_torchrun_makes_a_whole_run(tiny_run, shards, tmp_path):
     done = golf(*args, '--seed', 8, nproc=2, check=False, timeout=120)
     assert done.returncode != 0 and 'seed is 1337 there' in done.stderr
     assert [p.name for p in tmp_path.iterdir()] == ['run']
+
+
+def test_ends_while_reading_ahead():
+    "The reading thread never outlives the interpreter, which would abort."
+    busy = ("import torch; from golf.data import ReadAhead\n"
+            "a = ReadAhead((torch.ones(4, 5000)[:, 1:].reshape(-1, 1)"
+            " for _ in range(10**9)), depth=10**6); a.get()")
+    for _ in range(4):
+        done = subprocess.run([sys.executable, '-c', busy], timeout=120,
+                              capture_output=True, text=True)
+        assert (done.returncode, done.stderr) == (0, '')
 
 
 def scores(tmp_path, *args, nproc):
