@@ -1,13 +1,14 @@
 # make run    install, then the main job on the embedded default
 # make test   install, then everything CI checks (make test-all: slow tests too)
 # make lab    JupyterLab; every notebook is paired with a script in pynbs/
+# make docs   the book, in _docs/ (QUARTO=1: by Quarto); make read serves it
 # make sync   notebooks -> golf/, clean notebooks, README.md
 VENV := .venv
 BIN  := $(VENV)/bin
 RUN  := $(BIN)/papermill --no-progress-bar nbs/99_run.ipynb
 SEED := 1337
 
-.PHONY: run test test-all lab sync clean
+.PHONY: run test test-all lab docs read sync clean
 .DELETE_ON_ERROR:
 
 $(VENV)/installed: constraints.txt pyproject.toml
@@ -36,8 +37,14 @@ lab: $(VENV)/installed
 	$(BIN)/jupytext --quiet --sync nbs/*.ipynb
 	$(BIN)/jupyter lab nbs
 
+docs: $(VENV)/installed
+	$(BIN)/golf docs $(if $(QUARTO),--quarto)
+
+read: docs
+	$(BIN)/python -m http.server --directory _docs 8000
+
 sync: $(VENV)/installed
 	$(BIN)/python tests/stale.py --mend
 
 clean:
-	rm -rf $(VENV) *.egg-info build .pytest_cache
+	rm -rf $(VENV) *.egg-info build .pytest_cache _docs _proc

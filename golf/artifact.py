@@ -4,10 +4,12 @@
 
 # %% auto #0
 __all__ = ['MAGIC', 'VERSION', 'PREFIX', 'CHECKSUM_BYTES', 'MAX_HEADER', 'MAX_RAW', 'REGIONS', 'ArtifactError', 'zstd_pack',
-           'zstd_unpack', 'tensor_parts', 'raw_size', 'stream_bytes', 'stream_tensors', 'same_tensor', 'is_label',
-           'check_spec', 'check_tensor', 'seal', 'pack_artifact', 'unpack_header', 'open_artifact', 'check_stream',
-           'read_streams', 'unpack_artifact', 'write_artifact', 'read_artifact', 'byte_budget', 'OverLimit',
-           'check_limit', 'artifact_meta', 'export_artifact']
+           'frame_size', 'zstd_unpack', 'to_planes', 'from_planes', 'tensor_parts', 'raw_size', 'stream_bytes',
+           'stream_tensors', 'same_tensor', 'is_label', 'allowed_shape', 'check_spec', 'check_parts', 'check_tensor',
+           'seal', 'group_by_role', 'stream_entry', 'pack_artifact', 'check_prefix', 'parse_header', 'unpack_header',
+           'open_artifact', 'check_fields', 'check_stream', 'check_streams', 'read_streams', 'unpack_artifact',
+           'write_artifact', 'read_artifact', 'byte_budget', 'OverLimit', 'check_limit', 'artifact_meta',
+           'export_artifact']
 
 # %% ../nbs/19_artifact.ipynb #7455dc5b
 import hashlib
@@ -44,25 +46,52 @@ def zstd_pack(raw:bytes, # what to compress
     "Compress to one zstd frame; the same bytes each time."
     return zstandard.ZstdCompressor(level=level).compress(raw)
 
+# %% ../nbs/19_artifact.ipynb #d96ad4ca
+def frame_size(packed:bytes, # one zstd frame
+               what:str # for the error: "the header", "stream 'mlp.up'"
+               ) -> int: # bytes
+    "The unpacked length that a frame declares."
+    try:
+        return zstandard.get_frame_parameters(packed).content_size
+    except zstandard.ZstdError as error:
+        raise ArtifactError(f"{what} is not valid zstd: {error}") from None
+
 # %% ../nbs/19_artifact.ipynb #d4433fb6
 def zstd_unpack(packed:bytes, # one zstd frame
                 size:int, # its exact unpacked length
-                what:str # for the error: "header", "stream 'mlp.up'"
+                what:str # for the error, as in `frame_size`
                 ) -> bytes: # `size` bytes
     "Decompress a frame whose size is known in advance, and no other."
-    try:
-        said = zstandard.get_frame_parameters(packed).content_size
-        if said != size:
-            raise ArtifactError(f"{what} unpacks to {said:,} bytes where "
-                                f"{size:,} are expected")
-        raw = zstandard.ZstdDecompressor().decompress(
-            packed, max_output_size=size, allow_extra_data=False)
-    except zstandard.ZstdError as error:
-        raise ArtifactError(f"{what} is not valid zstd: {error}") from None
-    if len(raw) != size:
-        raise ArtifactError(f"{what} unpacks to {len(raw):,} bytes where "
+    said, raw = frame_size(packed, what), b""
+    if said == size:
+        try:
+            raw = zstandard.ZstdDecompressor().decompress(
+                packed, max_output_size=size, allow_extra_data=False)
+        except zstandard.ZstdError as e:
+            raise ArtifactError(f"{what} is not valid zstd: {e}") from None
+        said = len(raw)
+    if said != size:
+        raise ArtifactError(f"{what} unpacks to {said:,} bytes where "
                             f"{size:,} are expected")
     return raw
+
+# %% ../nbs/19_artifact.ipynb #4248b42a
+def to_planes(flat:np.ndarray # numbers of one dtype [n]
+              ) -> bytes: # all first bytes, then all second bytes, ...
+    "The bytes of an array, sorted by their place in a number."
+    width = flat.dtype.itemsize
+    return flat.view(np.uint8).reshape(-1, width).T.tobytes()
+
+# %% ../nbs/19_artifact.ipynb #e9c102c1
+def from_planes(raw:bytes, # holds planes
+                dtype:str, # of the numbers, with byte order: "<f2"
+                count:int, # how many numbers
+                start:int # where their planes begin in `raw`
+                ) -> np.ndarray: # [count]
+    "Numbers from their planes, the inverse of `to_planes`."
+    width = np.dtype(dtype).itemsize
+    planes = np.frombuffer(raw, np.uint8, count * width, start)
+    return planes.reshape(width, count).T.copy().view(dtype).ravel()
 
 # %% ../nbs/19_artifact.ipynb #c9e68172
 REGIONS = {"codes": "|i1", "scale": "<f2", "fp16": "<f2", "float32": "<f4"}
@@ -94,34 +123,26 @@ def stream_bytes(tensors:list # QuantTensors of one role
                   for part in [t.values if region == t.format
                                else getattr(t, region, None)]
                   if part is not None]
-        flat = np.concatenate([np.empty(0, dtype), *arrays])
-        width = flat.dtype.itemsize
-        out.append(flat.view(np.uint8).reshape(-1, width).T.tobytes())
+        out.append(to_planes(np.concatenate([np.empty(0, dtype), *arrays])))
     return b"".join(out)
 
-# %% ../nbs/19_artifact.ipynb #5da9bbf2
+# %% ../nbs/19_artifact.ipynb #8149365b
 def stream_tensors(raw:bytes, # an unpacked stream, of the right size
                    specs:list # (name, format, shape) of its tensors
                    ) -> list: # QuantTensors
     "Read the tensors of a stream back."
-    parts = [{} for _ in specs]
-    start = 0
+    parts, start = [{} for _ in specs], 0
+    shapes = [tensor_parts(fmt, shape) for _, fmt, shape in specs]
     for region, dtype in REGIONS.items():
-        wanted = [(i, tensor_parts(fmt, shape)[region])
-                  for i, (_, fmt, shape) in enumerate(specs)
-                  if region in tensor_parts(fmt, shape)]
-        count = sum(math.prod(shape) for _, shape in wanted)
-        width = np.dtype(dtype).itemsize
-        block = np.frombuffer(raw, np.uint8, count * width, start)
-        start += count * width
-        flat = block.reshape(width, count).T.copy().view(dtype).ravel()
-        at = 0
-        for i, shape in wanted:
-            array = flat[at:at + math.prod(shape)].reshape(shape)
-            key = "values" if region in ("fp16", "float32") else region
+        here = [i for i, s in enumerate(shapes) if region in s]
+        sizes = [math.prod(shapes[i][region]) for i in here]
+        flat = from_planes(raw, dtype, sum(sizes), start)
+        start += flat.nbytes
+        key = "values" if region in ("fp16", "float32") else region
+        for i, end, size in zip(here, np.cumsum(sizes), sizes):
+            array = flat[end - size:end].reshape(shapes[i][region])
             parts[i][key] = torch.from_numpy(
                 array.astype(array.dtype.newbyteorder("=")))
-            at += array.size
     return [QuantTensor(name, fmt, tuple(shape), **part)
             for (name, fmt, shape), part in zip(specs, parts)]
 
@@ -142,6 +163,20 @@ def is_label(s:object) -> bool:
     return type(s) is str and 0 < len(s) <= 200 and s.isprintable()
 
 # %% ../nbs/19_artifact.ipynb #739b9b7f
+def allowed_shape(shape:object, # what a file says
+                  fmt:str, # a known format
+                  where:str # stream and tensor, for the error
+                  ) -> tuple: # the shape
+    "Check that a tensor of this format can have this shape."
+    if type(shape) is not list or any(type(n) is not int for n in shape):
+        raise ArtifactError(f"{where}: the shape is not a list of integers")
+    if (len(shape) > 4 or any(not 0 < n < 2**31 for n in shape)
+            or format_bits(fmt) and len(shape) != 2):
+        raise ArtifactError(f"{where} has the impossible shape "
+                            f"{str(shape)[:60]} for {fmt}")
+    return tuple(shape)
+
+# %% ../nbs/19_artifact.ipynb #c58d21b5
 def check_spec(spec:object, # an entry of a stream's "tensors"
                where:str # the stream, for the error
                ) -> tuple: # name, format, shape
@@ -151,24 +186,17 @@ def check_spec(spec:object, # an entry of a stream's "tensors"
     name, fmt, shape = spec
     if type(fmt) is not str or not is_label(name):
         raise ArtifactError(f"{where}: a name and a format are strings")
+    where = f"{where}: {name!r}"
     try:
-        bits = format_bits(fmt)
+        format_bits(fmt)
     except ValueError as error:
-        raise ArtifactError(f"{where}: {name!r}: {str(error)[:99]}") from None
-    if type(shape) is not list or any(type(n) is not int for n in shape):
-        raise ArtifactError(f"{where}: the shape of {name!r} is not a list "
-                            "of integers")
-    if (len(shape) > 4 or any(not 0 < n < 2**31 for n in shape)
-            or bits and len(shape) != 2):
-        raise ArtifactError(f"{where}: {name!r} has the impossible shape "
-                            f"{str(shape)[:60]} for {fmt}")
-    return name, fmt, tuple(shape)
+        raise ArtifactError(f"{where}: {str(error)[:99]}") from None
+    return name, fmt, allowed_shape(shape, fmt, where)
 
-# %% ../nbs/19_artifact.ipynb #89e42509
-def check_tensor(t:QuantTensor # packed or to be packed
-                 ):
-    "Raise ArtifactError unless the parts fit the format, shape and range."
-    check_spec([t.name, t.format, list(t.shape)], "tensor")
+# %% ../nbs/19_artifact.ipynb #696488d1
+def check_parts(t:QuantTensor # packed or to be packed
+                ):
+    "Raise ArtifactError unless the arrays have the right shape and dtype."
     parts = {"codes": t.codes, "scale": t.scale, t.format: t.values}
     have = {region: (tuple(p.shape), p.dtype)
             for region, p in parts.items() if p is not None}
@@ -179,10 +207,16 @@ def check_tensor(t:QuantTensor # packed or to be packed
     if have != want:
         raise ArtifactError(f"{t.name}: {t.format} of shape {t.shape} needs "
                             f"{want}, got {have}")
+
+# %% ../nbs/19_artifact.ipynb #89e42509
+def check_tensor(t:QuantTensor # packed or to be packed
+                 ):
+    "Raise ArtifactError unless the parts fit the format, shape and range."
+    check_spec([t.name, t.format, list(t.shape)], "tensor")
+    check_parts(t)
     if t.values is not None and not bool(t.values.isfinite().all()):
         raise ArtifactError(f"{t.name} holds NaN or infinite values")
-    if t.codes is None:
-        return
+    if t.codes is None: return
     if not bool((t.scale.isfinite() & (t.scale >= 0)).all()):
         raise ArtifactError(f"{t.name} has a scale that is negative, NaN or "
                             "infinite")
@@ -205,58 +239,47 @@ def seal(header:dict, # streams and meta, JSON values
     blob = PREFIX.pack(MAGIC, VERSION, total, len(packed)) + body
     return blob + hashlib.blake2b(blob, digest_size=CHECKSUM_BYTES).digest()
 
-# %% ../nbs/19_artifact.ipynb #2883f854
+# %% ../nbs/19_artifact.ipynb #621aa183
+def group_by_role(tensors:dict # parameter's name -> QuantTensor
+                  ) -> dict: # role -> QuantTensors, roles sorted
+    "The tensors of each stream, checked."
+    groups = {}
+    for t in tensors.values():
+        check_tensor(t)
+        groups.setdefault(role_of(t.name), []).append(t)
+    return dict(sorted(groups.items()))
+
+# %% ../nbs/19_artifact.ipynb #9fa4fbb2
+def stream_entry(role:str, # of the stream
+                 group:list, # its QuantTensors
+                 frame:bytes # its compressed data
+                 ) -> dict: # JSON values
+    "The header's entry of a stream."
+    specs = [[t.name, t.format, list(t.shape)] for t in group]
+    return {"role": role, "codec": "zstd", "raw": raw_size(specs),
+            "packed": len(frame), "tensors": specs}
+
+# %% ../nbs/19_artifact.ipynb #23e36d9b
 def pack_artifact(tensors:dict, # parameter's name -> QuantTensor
                   meta:dict, # JSON values: configuration, hashes, seed
                   level:int=22 # zstd level
                   ) -> bytes: # the artifact, the same each time
     "Pack quantised weights, one compressed stream a role."
-    streams = {}
-    for t in tensors.values():
-        check_tensor(t)
-        streams.setdefault(role_of(t.name), []).append(t)
-    roles = sorted(streams)
+    groups = group_by_role(tensors)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         frames = list(pool.map(
-            lambda role: zstd_pack(stream_bytes(streams[role]), level),
-            roles))
-    header = {"meta": meta, "streams": []}
-    for role, frame in zip(roles, frames):
-        specs = [[t.name, t.format, list(t.shape)] for t in streams[role]]
-        header["streams"].append(
-            {"role": role, "codec": "zstd", "raw": raw_size(specs),
-             "packed": len(frame), "tensors": specs})
-    if sum(s["raw"] for s in header["streams"]) > MAX_RAW:
+            lambda group: zstd_pack(stream_bytes(group), level),
+            groups.values()))
+    entries = [stream_entry(role, groups[role], frame)
+               for role, frame in zip(groups, frames)]
+    if sum(s["raw"] for s in entries) > MAX_RAW:
         raise ArtifactError(f"the tensors exceed {MAX_RAW:,} bytes")
-    return seal(header, frames)
-
-# %% ../nbs/19_artifact.ipynb #4ccee048
-def unpack_header(packed:bytes # compressed header
-                  ) -> dict: # its JSON object
-    "Decompress and parse the header, whatever its bytes are."
-    try:
-        size = zstandard.get_frame_parameters(packed).content_size
-    except zstandard.ZstdError:
-        raise ArtifactError("the header is not valid zstd") from None
-    if size > MAX_HEADER:
-        raise ArtifactError("the header is too large")
-    def refuse(constant):
-        raise ValueError(f"{constant} is not JSON")
-    try:
-        header = json.loads(zstd_unpack(packed, size, "header"),
-                            parse_constant=refuse)
-    except ArtifactError:
-        raise
-    except (ValueError, RecursionError) as error:
-        raise ArtifactError(f"the header is not JSON: {error}") from None
-    if type(header) is not dict or set(header) != {"meta", "streams"}:
-        raise ArtifactError("the header must hold meta and streams")
-    return header
+    return seal({"meta": meta, "streams": entries}, frames)
 
 # %% ../nbs/19_artifact.ipynb #b1aa8c37
-def open_artifact(blob:bytes # a whole file
-                  ) -> tuple: # header (unchecked dict), bytes of streams
-    "Check prefix, length and checksum; return header and stream bytes."
+def check_prefix(blob:bytes # a whole file
+                 ) -> int: # length of the compressed header
+    "Check magic, version and length of a file."
     if blob[:len(MAGIC)] != MAGIC[:len(blob)] or not blob:
         raise ArtifactError("not a golf model: it does not begin with "
                             f"{MAGIC.decode()}")
@@ -269,17 +292,46 @@ def open_artifact(blob:bytes # a whole file
     if len(blob) != total:
         raise ArtifactError(f"it has {len(blob):,} bytes and states "
                             f"{total:,}: cut short or damaged")
+    return head
+
+# %% ../nbs/19_artifact.ipynb #962a8a8f
+def parse_header(text:bytes # unpacked
+                 ) -> dict: # its JSON object
+    "Parse the header, whatever its bytes are."
+    def refuse(constant):
+        raise ValueError(f"{constant} is not JSON")
+    try:
+        header = json.loads(text, parse_constant=refuse)
+    except (ValueError, RecursionError) as error:
+        raise ArtifactError(f"the header is not JSON: {error}") from None
+    if type(header) is not dict or set(header) != {"meta", "streams"}:
+        raise ArtifactError("the header must hold meta and streams")
+    return header
+
+# %% ../nbs/19_artifact.ipynb #960de6d8
+def unpack_header(packed:bytes # compressed header
+                  ) -> dict: # its JSON object
+    "Decompress and parse the header, whatever its bytes are."
+    size = frame_size(packed, "the header")
+    if size > MAX_HEADER:
+        raise ArtifactError("the header is too large")
+    return parse_header(zstd_unpack(packed, size, "the header"))
+
+# %% ../nbs/19_artifact.ipynb #9f08fc9e
+def open_artifact(blob:bytes # a whole file
+                  ) -> tuple: # header (unchecked dict), bytes of streams
+    "Check prefix, length and checksum; return header and stream bytes."
+    end = PREFIX.size + check_prefix(blob)
     body, checksum = blob[:-CHECKSUM_BYTES], blob[-CHECKSUM_BYTES:]
     digest = hashlib.blake2b(body, digest_size=CHECKSUM_BYTES).digest()
     if checksum != digest:
         raise ArtifactError("the checksum does not match: damaged")
-    packed = body[PREFIX.size:PREFIX.size + head]
-    return unpack_header(packed), body[PREFIX.size + head:]
+    return unpack_header(body[PREFIX.size:end]), body[end:]
 
-# %% ../nbs/19_artifact.ipynb #1bd85367
-def check_stream(s:object # an entry of header["streams"]
-                 ) -> list: # (name, format, shape) of its tensors
-    "Check a stream's entry; sizes must be what the shapes require."
+# %% ../nbs/19_artifact.ipynb #a50b0ad3
+def check_fields(s:object # an entry of header["streams"]
+                 ):
+    "Check that a stream's entry has the right fields, of the right types."
     keys = ["codec", "packed", "raw", "role", "tensors"]
     if (type(s) is not dict or sorted(s) != keys
             or not is_label(s["role"]) or not is_label(s["codec"])
@@ -288,6 +340,12 @@ def check_stream(s:object # an entry of header["streams"]
                    for key in ("raw", "packed"))):
         raise ArtifactError(f"a stream must have the fields {keys}: a "
                             "string, two sizes, a string and a list")
+
+# %% ../nbs/19_artifact.ipynb #e50cca15
+def check_stream(s:object # an entry of header["streams"]
+                 ) -> list: # (name, format, shape) of its tensors
+    "Check a stream's entry; sizes must be what the shapes require."
+    check_fields(s)
     where = f"stream {s['role']!r}"
     if s["codec"] != "zstd":
         raise ArtifactError(f"{where}: unknown codec {s['codec']!r}")
@@ -298,11 +356,11 @@ def check_stream(s:object # an entry of header["streams"]
     return specs
 
 # %% ../nbs/19_artifact.ipynb #2bcdb61a
-def read_streams(header:dict, # from open_artifact
-                 body:bytes # bytes of all streams
-                 ) -> list: # (stream's entry, its specs, its frame)
-    "Check the whole header against the bytes and cut out the frames."
-    meta, streams, start = header["meta"], header["streams"], 0
+def check_streams(header:dict, # from open_artifact
+                  size:int # bytes of all streams, as they are there
+                  ) -> list: # the specs of each stream
+    "Check each stream, and what they must be together."
+    meta, streams = header["meta"], header["streams"]
     if type(meta) is not dict or type(streams) is not list:
         raise ArtifactError("meta must be an object and streams a list")
     specs = [check_stream(s) for s in streams]
@@ -312,12 +370,20 @@ def read_streams(header:dict, # from open_artifact
         raise ArtifactError("a role or a tensor occurs twice")
     if sum(s["raw"] for s in streams) > MAX_RAW:
         raise ArtifactError(f"its tensors exceed {MAX_RAW:,} bytes")
-    if sum(s["packed"] for s in streams) != len(body):
+    if sum(s["packed"] for s in streams) != size:
         raise ArtifactError("the sizes of the streams do not add up to "
-                            f"the {len(body):,} bytes that are there")
-    out = []
-    for s, stream in zip(streams, specs):
-        out.append((s, stream, body[start:start + s["packed"]]))
+                            f"the {size:,} bytes that are there")
+    return specs
+
+# %% ../nbs/19_artifact.ipynb #eb8a1850
+def read_streams(header:dict, # from open_artifact
+                 body:bytes # bytes of all streams
+                 ) -> list: # (stream's entry, its specs, its frame)
+    "Check the whole header against the bytes and cut out the frames."
+    out, start = [], 0
+    for s, specs in zip(header["streams"],
+                        check_streams(header, len(body))):
+        out.append((s, specs, body[start:start + s["packed"]]))
         start += s["packed"]
     return out
 
@@ -402,6 +468,7 @@ def artifact_meta(cfg,              # a `Config`
                 max_len=max(cfg.train.seq_len, cfg.score.seq_len),
                 tokenizer_sha256=tokenizer_sha256)
 
+# %% ../nbs/19_artifact.ipynb #f83adb9e
 def export_artifact(state,            # parameter's name -> trained tensor
                     cfg,              # a `Config`
                     tokenizer_sha256, # see `artifact_meta`

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Literal
 
-# %% ../nbs/00_config.ipynb #dc5442f4
+# %% ../nbs/00_config.ipynb #6dff371d
 class ConfigError(ValueError):
     "A config that cannot run; the message names the key."
 
@@ -22,6 +22,15 @@ def _need(ok,    # the condition
           ):
     "Raise a `ConfigError` unless `ok`."
     if not ok: raise ConfigError(message)
+
+def _need_positive(section, # "train"
+                   values,  # the dataclass of that section
+                   *keys    # fields that must be above zero
+                   ):
+    "Raise a `ConfigError` for the first of these fields that is not."
+    for key in keys:
+        x = getattr(values, key)
+        _need(x > 0, f'{section}.{key}: {x} is not positive')
 
 # %% ../nbs/00_config.ipynb #a467d152
 @dataclass(frozen=True)
@@ -34,11 +43,9 @@ class DataConfig:
     heldout_tokens: int = 131_072  # tail of the training split kept out
 
     def __post_init__(self):
-        _need(self.spans > 0, f'data.spans: {self.spans} is not positive')
-        _need(self.heldout_tokens > 0,
-              f'data.heldout_tokens: {self.heldout_tokens} is not positive')
+        _need_positive('data', self, 'spans', 'heldout_tokens')
 
-# %% ../nbs/00_config.ipynb #b4ab42b3
+# %% ../nbs/00_config.ipynb #bf8c4cac
 @dataclass(frozen=True)
 class ModelConfig:
     "The network: sizes, nonlinearity and initial values."
@@ -56,9 +63,8 @@ class ModelConfig:
     embed_std: float = 0.005  # of the initial tied embedding
 
     def __post_init__(self):
-        for key in ('layers', 'dim', 'heads', 'kv_heads', 'mlp_hidden'):
-            n = getattr(self, key)
-            _need(n > 0, f'model.{key}: {n} is not positive')
+        _need_positive('model', self, 'layers', 'dim', 'heads', 'kv_heads',
+                       'mlp_hidden')
         _need(2 <= self.vocab_size <= 65_536, 'model.vocab_size: '
               f'{self.vocab_size} is outside 2..65536 (ids are uint16)')
         _need(self.dim % self.heads == 0, f'model.heads: {self.heads} '
@@ -67,9 +73,8 @@ class ModelConfig:
               f'{self.dim // self.heads} dims; RoPE needs an even number')
         _need(self.heads % self.kv_heads == 0, f'model.kv_heads: '
               f'{self.kv_heads} does not divide model.heads = {self.heads}')
-        for key in ('softcap', 'rope_base', 'q_gain', 'embed_std'):
-            x = getattr(self, key)
-            _need(x > 0, f'model.{key}: {x} is not positive')
+        _need_positive('model', self, 'softcap', 'rope_base', 'q_gain',
+                       'embed_std')
 
 # %% ../nbs/00_config.ipynb #7bb716aa
 @dataclass(frozen=True)
@@ -99,10 +104,24 @@ class OptimConfig:
         for key in ('momentum', 'momentum_start', 'beta1', 'beta2'):
             x = getattr(self, key)
             _need(x < 1, f'optim.{key}: {x} is not below 1')
-        _need(self.grad_clip > 0,
-              f'optim.grad_clip: {self.grad_clip} is not positive')
+        _need_positive('optim', self, 'grad_clip')
 
 # %% ../nbs/00_config.ipynb #8d5f4932
+def _check_time(t # a `TrainConfig`
+                ):
+    "One budget and one warmdown."
+    budget = [k for k in ('seconds', 'steps', 'tokens')
+              if getattr(t, k) is not None]
+    _need(len(budget) == 1, 'train.seconds, train.steps, train.tokens: '
+          f'give exactly one budget, not {len(budget)} ({budget})')
+    _need_positive('train', t, budget[0])
+    down = (t.warmdown_steps, t.warmdown_fraction)
+    _need(sum(x is not None for x in down) == 1,
+          'train.warmdown_steps, train.warmdown_fraction: give one')
+    _need(min(x for x in down if x is not None) >= 0,
+          'train.warmdown_steps, train.warmdown_fraction: negative')
+
+# %% ../nbs/00_config.ipynb #d15dd9cb
 @dataclass(frozen=True)
 class TrainConfig:
     "The loop: its budget, its batch, its schedule and its machine."
@@ -126,21 +145,10 @@ class TrainConfig:
     heldout_every: int = 250         # steps between held-out losses
 
     def __post_init__(self):
-        budget = [k for k in ('seconds', 'steps', 'tokens')
-                  if getattr(self, k) is not None]
-        _need(len(budget) == 1, 'train.seconds, train.steps, train.tokens: '
-              f'give exactly one budget, not {len(budget)} ({budget})')
-        n = getattr(self, budget[0])
-        _need(n > 0, f'train.{budget[0]}: {n} is not positive')
-        down = (self.warmdown_steps, self.warmdown_fraction)
-        _need(sum(x is not None for x in down) == 1,
-              'train.warmdown_steps, train.warmdown_fraction: give one')
-        _need(min(x for x in down if x is not None) >= 0,
-              'train.warmdown_steps, train.warmdown_fraction: negative')
-        for key in ('batch_tokens', 'micro_tokens', 'seq_len', 'log_every',
-                    'heldout_every', 'warmup_steps'):
-            n = getattr(self, key)
-            _need(n > 0, f'train.{key}: {n} is not positive')
+        _check_time(self)
+        _need_positive('train', self, 'batch_tokens', 'micro_tokens',
+                       'seq_len', 'log_every', 'heldout_every',
+                       'warmup_steps')
         _need(self.threads >= 0, f'train.threads: {self.threads} < 0')
         _need(self.micro_tokens >= self.seq_len, f'train.micro_tokens: '
               f'{self.micro_tokens} holds no row of {self.seq_len}')
@@ -179,9 +187,8 @@ class ScoreConfig:
     tail: Literal['drop', 'all'] = 'drop'  # targets that fill no row
 
     def __post_init__(self):
-        for key in ('seq_len', 'stride', 'batch', 'threads'):
-            n = getattr(self, key)
-            _need(n > 0, f'score.{key}: {n} is not positive')
+        _need_positive('score', self, 'seq_len', 'stride', 'batch',
+                       'threads')
         _need(self.stride <= self.seq_len, f'score.stride: {self.stride} '
               f'is longer than score.seq_len = {self.seq_len}')
 
@@ -217,25 +224,32 @@ class Config:
 SCALARS = {'bool': 'true|false', 'int': r'[-+]?(0|[1-9][\d_]*)',
            'float': r'[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?'}
 
-def parse_yaml(text,  # YAML text of a mapping
-               source # where it comes from, for the error
-               ):
-    "The mapping in `text`; numbers as in YAML 1.2, repeated keys refused."
+def _strict_loader(source # where the text comes from, for the error
+                   ):
+    "PyYAML's safe loader with numbers as in YAML 1.2 and no repeated keys."
     import yaml
     class Loader(yaml.SafeLoader): pass
     Loader.yaml_implicit_resolvers = {
-        key: [(tag, r) for tag, r in pairs if tag.split(':')[-1] not in SCALARS]
-        for key, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()}
+        first: [p for p in pairs if p[0].split(':')[-1] not in SCALARS]
+        for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()}
     for name, pattern in SCALARS.items():
         Loader.add_implicit_resolver(f'tag:yaml.org,2002:{name}',
                                      re.compile(f'^({pattern})$'), None)
     def mapping(loader, node):
         keys = [loader.construct_object(k) for k, _ in node.value]
-        twice = {k for k in keys if keys.count(k) > 1}
+        twice = {str(k) for k in keys if keys.count(k) > 1}
         _need(not twice, f'{source}: key given twice: {sorted(twice)}')
         return yaml.SafeLoader.construct_mapping(loader, node, deep=True)
     Loader.add_constructor('tag:yaml.org,2002:map', mapping)
-    try: tree = yaml.load(text, Loader)
+    return Loader
+
+# %% ../nbs/00_config.ipynb #f7f124b1
+def parse_yaml(text,  # YAML text of a mapping
+               source # where it comes from, for the error
+               ):
+    "The mapping in `text`; numbers as in YAML 1.2, repeated keys refused."
+    import yaml
+    try: tree = yaml.load(text, _strict_loader(source))
     except yaml.YAMLError as e:
         raise ConfigError(f'{source}: not YAML: {" ".join(str(e).split())}')
     tree = {} if tree is None else tree
@@ -270,6 +284,7 @@ def _field_type(path # keys from the root, ("model", "heds")
         cls = inner
     return cls
 
+# %% ../nbs/00_config.ipynb #556391aa
 def _fault(e # one entry of a pydantic error report
            ):
     "One fault as a line: the key, what is wrong, a suggestion."
@@ -306,6 +321,7 @@ def project_root(start=None # where to look from; the working folder
     raise ConfigError(f'no folder params/ at or above {here}: '
                       'start in the project')
 
+# %% ../nbs/00_config.ipynb #6bb9d142
 def find_params(name,     # "pr137" or a path to a YAML file
                 root=None # project folder
                 ):
@@ -360,7 +376,7 @@ def load_run_config(config='auto', # "auto" | name | path | names with "+"
     if data: tree = merge(tree, dict(data=dict(path=data)))
     return build_config(merge(tree, overrides), name), why
 
-# %% ../nbs/00_config.ipynb #5bf57cee
+# %% ../nbs/00_config.ipynb #9e31a3ef
 def _plain(x # a value of a config
            ):
     "Dataclasses and tuples as the mappings and lists YAML has."
@@ -375,6 +391,7 @@ def config_text(cfg # a `Config`
     return yaml.safe_dump(_plain(cfg), sort_keys=False,
                           default_flow_style=None, width=78)
 
+# %% ../nbs/00_config.ipynb #5bf57cee
 def read_config(path # a `params.yaml`
                 ):
     "The config a run wrote down."

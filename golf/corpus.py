@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['TRAIN_PACKAGES', 'VAL_PACKAGES', 'CORPUS_VERSION', 'CORPUS_VOCAB', 'DOCUMENT_CHARS', 'REPEATED', 'STRING', 'TEXTS',
-           'RULED', 'NUMPY_FIELD', 'OTHER_FIELD', 'NOT_PROSE', 'COMMON', 'MARKUP', 'package_files', 'python_texts',
-           'split_paragraphs', 'clean_prose', 'file_prose', 'read_prose', 'repeated_share', 'make_documents',
-           'make_corpus', 'corpus_sha256', 'write_corpus', 'build_corpus', 'corpus_key', 'find_corpus',
-           'embedded_dataset', 'resolve_dataset', 'text_baselines']
+           'RULED', 'NUMPY_FIELD', 'OTHER_FIELD', 'NOT_PROSE', 'MARKUP', 'COMMON', 'package_files', 'python_texts',
+           'line_words', 'split_paragraphs', 'strip_markup', 'is_prose', 'clean_prose', 'file_prose', 'read_prose',
+           'number_words', 'hash_shingles', 'repeated_share', 'make_documents', 'make_corpus', 'corpus_sha256',
+           'write_corpus', 'place_corpus', 'build_corpus', 'corpus_key', 'find_corpus', 'embedded_dataset',
+           'resolve_dataset', 'text_baselines']
 
 # %% ../nbs/02_corpus.ipynb #582271d9
 import ast
@@ -95,7 +96,17 @@ NUMPY_FIELD = r"\s*[\w*., `]{1,40} : "            # axis : int, optional
 OTHER_FIELD = r"\s*(?::[^:]{1,40}:|[\w.*`]{1,30}(?: \([^)]*\))?:(?=\s|$))"
 NOT_PROSE = r"\s*(?:>>>|\.\.\.|\.\. |\$ |@|In \[|Out\[|[|+])|.*https?://"
 
-# %% ../nbs/02_corpus.ipynb #59751497
+# %% ../nbs/02_corpus.ipynb #7169ac5f
+def line_words(line,  # of documentation
+               ) -> tuple:  # (bool, str)
+    "Whether a line opens a paragraph, and its words without the mark."
+    if re.match(NUMPY_FIELD, line): return True, ""
+    field = re.match(OTHER_FIELD, line)
+    words = line[field.end() if field else 0:].strip()
+    listed = words.startswith(("- ", "* "))
+    return bool(field) or listed, words[2:] if listed else words
+
+# %% ../nbs/02_corpus.ipynb #6a4a1506
 def split_paragraphs(text,  # of one docstring or comment
                      ) -> list[str]:  # each on one line
     "Splits documentation into paragraphs, without examples and headings."
@@ -110,38 +121,49 @@ def split_paragraphs(text,  # of one docstring or comment
             end(); continue
         if re.match(NOT_PROSE, line): end(); skip = True
         if skip: continue
-        if re.match(NUMPY_FIELD, line): end(); continue
-        if field := re.match(OTHER_FIELD, line): end()
-        words = line[field.end() if field else 0:].strip()
-        if words.startswith(("- ", "* ")): end(); words = words[2:]
+        opens, words = line_words(line)
+        if opens: end()
         if words: lines.append(words)
     end()
     return out
 
 # %% ../nbs/02_corpus.ipynb #d3426ddd
-COMMON = frozenset(
-    "a an and are as at be been but by can each for from has have if in is "
-    "it its may must not of on only or so than that the their then there "
-    "these they this to use used was we when where which will with you "
-    "your".split())
 MARKUP = ((r":[\w:+.-]+:`~(?:\w+\.)*(\w+)`", r"\1"),
           (r":[\w:+.-]+:`[!~]?([^`<]*?)(?:\s*<[^>]*>)?`", r"\1"),
           (r"`([^`<]*?)\s*<[^>]*>`_+", r"\1"),
           (r"``|\*+|`_?|~(?=\w)", ""), (r"::$", ":"), (r"\s+", " "))
 
 # %% ../nbs/02_corpus.ipynb #0c9793fd
+def strip_markup(paragraph,  # on one line
+                 ) -> str:
+    "A paragraph without its reStructuredText or Markdown."
+    for pattern, to in MARKUP: paragraph = re.sub(pattern, to, paragraph)
+    return paragraph.strip()
+
+# %% ../nbs/02_corpus.ipynb #e591ecf0
+COMMON = frozenset(
+    "a an and are as at be been but by can each for from has have if in is "
+    "it its may must not of on only or so than that the their then there "
+    "these they this to use used was we when where which will with you "
+    "your".split())
+
+# %% ../nbs/02_corpus.ipynb #fb77dd10
+def is_prose(text,  # a paragraph without markup
+             ) -> bool:
+    "Is it English, by simple measures?"
+    words = [w.strip(".,;:()") for w in text.lower().split()]
+    if len(words) < 10 or text[-1] not in '.!?:)"': return False
+    if not (text[0].isupper() or text[0] in "\"'("): return False
+    odd = re.findall(r"[^A-Za-z ,.;:'()\"!?-]", text)
+    if len(odd) > 0.03 * len(text): return False
+    return sum(word in COMMON for word in words) >= 0.22 * len(words)
+
+# %% ../nbs/02_corpus.ipynb #fe662d1d
 def clean_prose(paragraph,  # on one line
                 ) -> str:  # "" if it is not prose
     "Strips markup from a paragraph and gives it back if it is English."
-    for pattern, to in MARKUP: paragraph = re.sub(pattern, to, paragraph)
-    text = paragraph.strip()
-    words = [w.strip(".,;:()") for w in text.lower().split()]
-    if len(words) < 10 or text[-1] not in '.!?:)"': return ""
-    if not (text[0].isupper() or text[0] in "\"'("): return ""
-    odd = re.findall(r"[^A-Za-z ,.;:'()\"!?-]", text)
-    if len(odd) > 0.03 * len(text): return ""
-    common = sum(word in COMMON for word in words)
-    return text if common >= 0.22 * len(words) else ""
+    text = strip_markup(paragraph)
+    return text if is_prose(text) else ""
 
 # %% ../nbs/02_corpus.ipynb #5e239af7
 def file_prose(path,  # a .py, .pyi or METADATA file
@@ -170,21 +192,36 @@ def read_prose(packages,   # distribution names
     return [(package, name, text) for (package, name, _), texts
             in zip(files, found) for text in texts]
 
-# %% ../nbs/02_corpus.ipynb #d9095280
-def repeated_share(texts,    # list of str
-                   width=5,  # words of a shingle, w
-                   ) -> np.ndarray:  # float64 [texts]
-    "Share of each text's shingles that occur in an earlier text."
+# %% ../nbs/02_corpus.ipynb #1f109071
+def number_words(texts,  # list of str
+                 ) -> tuple:  # uint64 [words], int [texts + 1]
+    "The words of all texts as numbers, and where each text begins."
     numbers, words, ends = {}, [], [0]
     for text in texts:
         for word in re.findall("[a-z]+", text.lower()):
             words.append(numbers.setdefault(word, len(numbers) + 1))
         ends.append(len(words))
-    words, ends = np.array(words + [0] * width, np.uint64), np.array(ends)
-    shingle = np.zeros(ends[-1], np.uint64)
+    return np.array(words, np.uint64), np.array(ends)
+
+# %% ../nbs/02_corpus.ipynb #0b4bcb39
+def hash_shingles(words,  # uint64 [words]
+                  width,  # words of a shingle, w
+                  ) -> np.ndarray:  # uint64 [words]
+    "A hash of the run of words that begins at each; zeros follow the last."
+    padded = np.append(words, np.zeros(width, np.uint64))
+    out = np.zeros(len(words), np.uint64)
     for j in range(width):
-        shingle = (shingle * np.uint64(0x9E3779B97F4A7C15)
-                   + words[j:j + ends[-1]])
+        out = (out * np.uint64(0x9E3779B97F4A7C15)
+               + padded[j:j + len(words)])
+    return out
+
+# %% ../nbs/02_corpus.ipynb #b865aac3
+def repeated_share(texts,    # list of str
+                   width=5,  # words of a shingle, w
+                   ) -> np.ndarray:  # float64 [texts]
+    "Share of each text's shingles that occur in an earlier text."
+    words, ends = number_words(texts)
+    shingle = hash_shingles(words, width)
     owner = np.repeat(np.arange(len(texts)), np.diff(ends))
     whole = np.arange(ends[-1]) + width <= ends[owner + 1]
     shingle, owner = shingle[whole], owner[whole]
@@ -258,7 +295,22 @@ def write_corpus(folder,      # empty; receives the data set
             "shards": shards_fingerprint(*shards), "vocab_size": vocab_size,
             "tokenizer_sha256": tokenizer_sha256(model)}
 
-# %% ../nbs/02_corpus.ipynb #42ed5dfc
+# %% ../nbs/02_corpus.ipynb #a93438a0
+def place_corpus(folder,    # a complete data set, with its manifest
+                 target,    # where it belongs
+                 manifest,  # its manifest, with a list of "keys"
+                 ):
+    "Moves a data set to its place, or adds its keys to the one there."
+    try: os.rename(folder, target)
+    except OSError:
+        if not target.is_dir(): raise
+        known = json.loads((target/"manifest.json").read_text())
+        keys = sorted({*manifest["keys"], *known["keys"]})
+        with atomic_path(target/"manifest.json") as temporary:
+            temporary.write_text(json.dumps(manifest | {"keys": keys},
+                                            indent=1))
+
+# %% ../nbs/02_corpus.ipynb #5fe006bc
 def build_corpus(cache,           # folder that will hold the data set
                  key,             # of `corpus_key`, for the manifest
                  train_packages,  # distribution names
@@ -278,13 +330,7 @@ def build_corpus(cache,           # folder that will hold the data set
         manifest |= {"keys": [key], "packages": counts}
         (folder/"manifest.json").write_text(json.dumps(manifest, indent=1))
         target = Path(cache)/manifest["name"]
-        try: os.rename(folder, target)
-        except OSError:
-            if not target.is_dir(): raise
-            known = json.loads((target/"manifest.json").read_text())
-            manifest["keys"] = sorted({key, *known["keys"]})
-            with atomic_path(target/"manifest.json") as temporary:
-                temporary.write_text(json.dumps(manifest, indent=1))
+        place_corpus(folder, target, manifest)
     return target
 
 # %% ../nbs/02_corpus.ipynb #5489bf2f

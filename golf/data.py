@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['SHARD_MAGIC', 'SHARD_VERSION', 'HEADER_BYTES', 'MAX_SHARD_TOKENS', 'BOS', 'atomic_path', 'check_ids', 'write_shard',
-           'shard_length', 'read_shard', 'write_split', 'tokenizer_settings', 'train_tokenizer', 'load_tokenizer',
-           'tokenizer_sha256', 'encode_documents', 'ByteTables', 'byte_tables', 'target_bytes', 'Dataset',
-           'shards_fingerprint', 'find_tokenizer', 'check_tokenizer', 'read_manifest', 'open_dataset', 'TokenStream',
-           'heldout_tokens', 'fill_queue', 'end_thread', 'ReadAhead', 'span_tokens', 'span_batches', 'Loader',
-           'val_targets']
+           'shard_header', 'shard_length', 'read_shard', 'shard_pieces', 'write_split', 'tokenizer_settings',
+           'train_tokenizer', 'tokenizer_sha256', 'load_tokenizer', 'encode_documents', 'ByteTables', 'piece_bytes',
+           'byte_tables', 'target_bytes', 'shards_fingerprint', 'find_tokenizer', 'whole_documents', 'check_tokenizer',
+           'read_manifest', 'find_shards', 'Dataset', 'open_dataset', 'TokenStream', 'heldout_tokens', 'fill_queue',
+           'end_thread', 'ReadAhead', 'span_tokens', 'span_batches', 'Loader', 'val_targets']
 
 # %% ../nbs/01_data.ipynb #8d0b1679
 import hashlib
@@ -28,13 +28,6 @@ import numpy as np
 import sentencepiece as spm
 import torch
 
-# %% ../nbs/01_data.ipynb #2d42ccae
-SHARD_MAGIC = 20240520           # first int32 of every shard
-SHARD_VERSION = 1                # second int32
-HEADER_BYTES = 1024              # 256 int32; the third is the token count
-MAX_SHARD_TOKENS = 100_000_000   # a full shard is 200 MB
-BOS = 1                          # opens every document; there is no EOS
-
 # %% ../nbs/01_data.ipynb #c6c9515f
 @contextmanager
 def atomic_path(path  # the file to be written or replaced
@@ -47,6 +40,13 @@ def atomic_path(path  # the file to be written or replaced
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+# %% ../nbs/01_data.ipynb #2d42ccae
+SHARD_MAGIC = 20240520           # first int32 of every shard
+SHARD_VERSION = 1                # second int32
+HEADER_BYTES = 1024              # 256 int32; the third is the token count
+MAX_SHARD_TOKENS = 100_000_000   # a full shard is 200 MB
+BOS = 1                          # opens every document; there is no EOS
 
 # %% ../nbs/01_data.ipynb #c22fd208
 def check_ids(ids,   # what shall become a shard
@@ -76,21 +76,27 @@ def write_shard(path,  # destination, conventionally *.bin
         f.write(header.tobytes())
         f.write(ids.astype("<u2").tobytes())
 
-# %% ../nbs/01_data.ipynb #ef9d2be3
+# %% ../nbs/01_data.ipynb #1dd8fac6
+def shard_header(path,  # a shard
+                 ) -> tuple:  # magic, version, tokens, as the file says
+    "The first three numbers of a shard, unchecked."
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path}: no such shard; check data.path "
+                                "or download it")
+    with open(path, "rb") as f: raw = f.read(HEADER_BYTES)
+    if len(raw) < HEADER_BYTES:
+        raise ValueError(f"{path}: {len(raw)} bytes, shorter than the "
+                         f"{HEADER_BYTES}-byte header; download or write "
+                         "the shard again")
+    return tuple(np.frombuffer(raw, "<i4")[:3].tolist())
+
+# %% ../nbs/01_data.ipynb #1339e50c
 def shard_length(path,  # a shard
                  ) -> int:  # the number of tokens it holds
     "Checks a shard's header and size, and gives its number of tokens."
-    path, again = Path(path), "download or write the shard again"
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such shard; check data.path "
-                                "or download it")
-    size = path.stat().st_size
-    if size < HEADER_BYTES:
-        raise ValueError(f"{path}: {size} bytes, shorter than the "
-                         f"{HEADER_BYTES}-byte header; {again}")
-    with open(path, "rb") as f:
-        header = np.frombuffer(f.read(HEADER_BYTES), dtype="<i4")
-    magic, version, n = (int(v) for v in header[:3])
+    magic, version, n = shard_header(path)
+    size = Path(path).stat().st_size
+    again = "download or write the shard again"
     if magic != SHARD_MAGIC:
         raise ValueError(f"{path}: magic number {magic}, not {SHARD_MAGIC}: "
                          "not a token shard; check data.path")
@@ -111,6 +117,23 @@ def read_shard(path,  # a shard
     n = shard_length(path)
     return np.memmap(path, "<u2", "r", offset=HEADER_BYTES, shape=(n,))
 
+# %% ../nbs/01_data.ipynb #4bd866d6
+def shard_pieces(arrays,      # iterable of id arrays
+                 max_tokens,  # tokens of a full shard
+                 ):  # -> iterator of arrays
+    "Joins arrays and cuts them into full shards; the last may be shorter."
+    held, count = [], 0
+    for array in arrays:
+        while len(array):
+            part = array[:max_tokens - count]
+            array = array[len(part):]
+            held.append(part)
+            count += len(part)
+            if count == max_tokens:
+                yield np.concatenate(held)
+                held, count = [], 0
+    if held: yield np.concatenate(held)
+
 # %% ../nbs/01_data.ipynb #d3530fa5
 def write_split(folder,  # where the shards go
                 split,   # "train" or "val"
@@ -126,22 +149,12 @@ def write_split(folder,  # where the shards go
                               "there; delete it or choose another folder")
     arrays = [ids] if isinstance(ids, np.ndarray) else ids
     folder.mkdir(parents=True, exist_ok=True)
-    names, held, count = [], [], 0
+    names = []
     with tempfile.TemporaryDirectory(dir=folder, prefix=".split") as tmp:
-        def flush():
+        for tokens in shard_pieces(arrays, max_tokens):
             names.append(f"fineweb_{split}_{len(names):06d}.bin")
-            tokens = np.concatenate(held)
             check_ids(tokens, folder/names[-1])
             write_shard(Path(tmp)/names[-1], tokens)
-            held.clear()
-        for array in arrays:
-            while len(array):
-                part = array[:max_tokens - count]
-                array = array[len(part):]
-                held.append(part)
-                count += len(part)
-                if count == max_tokens: flush(); count = 0
-        if held: flush()
         for name in names: os.replace(Path(tmp)/name, folder/name)
     if not names: raise ValueError(f"{folder}: no tokens for {split}")
     return [folder/name for name in names]
@@ -164,9 +177,13 @@ def train_tokenizer(texts,       # iterable of str
     "Trains a tokenizer with the official settings and writes it."
     model = io.BytesIO()
     clean = (t.replace("\0", " ").strip() for t in texts)
-    spm.SentencePieceTrainer.train(
-        sentence_iterator=(t for t in clean if t), model_writer=model,
-        minloglevel=2, num_threads=2, **tokenizer_settings(vocab_size))
+    try:
+        spm.SentencePieceTrainer.train(
+            sentence_iterator=(t for t in clean if t), model_writer=model,
+            minloglevel=2, num_threads=2, **tokenizer_settings(vocab_size))
+    except RuntimeError as error:
+        raise ValueError(f"{path}: no tokenizer of {vocab_size} pieces from "
+                         f"this text: {error}") from None
     sp = spm.SentencePieceProcessor(model_proto=model.getvalue())
     if sp.vocab_size() != vocab_size:
         raise ValueError(f"{path}: the text yields {sp.vocab_size()} pieces, "
@@ -174,6 +191,12 @@ def train_tokenizer(texts,       # iterable of str
     with atomic_path(path) as temporary:
         temporary.write_bytes(model.getvalue())
     return sp
+
+# %% ../nbs/01_data.ipynb #8629cc08
+def tokenizer_sha256(path,  # a SentencePiece .model file
+                     ) -> str:  # 64 hex digits
+    "The SHA-256 of a tokenizer file, by which a run names its tokenizer."
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 # %% ../nbs/01_data.ipynb #d60b7ed7
 def load_tokenizer(path,  # a SentencePiece .model file
@@ -188,12 +211,6 @@ def load_tokenizer(path,  # a SentencePiece .model file
     except RuntimeError:
         raise ValueError(f"{path}: not a SentencePiece model, or damaged; "
                          "download or train it again") from None
-
-# %% ../nbs/01_data.ipynb #8629cc08
-def tokenizer_sha256(path,  # a SentencePiece .model file
-                     ) -> str:  # 64 hex digits
-    "The SHA-256 of a tokenizer file, by which a run names its tokenizer."
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 # %% ../nbs/01_data.ipynb #e1c789ff
 def encode_documents(sp,     # tokenizer
@@ -213,27 +230,33 @@ class ByteTables:
     lead: np.ndarray      # bool [V], the piece carries a leading space
     boundary: np.ndarray  # bool [V], control, unknown or unused
 
+# %% ../nbs/01_data.ipynb #944faf1c
+def piece_bytes(sp,  # tokenizer
+                i,   # id of a piece
+                ) -> tuple:  # base, lead, boundary
+    "Bytes without a leading space; whether it has one; whether it is no text."
+    if sp.is_control(i) or sp.is_unknown(i) or sp.is_unused(i):
+        return 0, False, True
+    if sp.is_byte(i): return 1, False, False
+    piece = sp.id_to_piece(i)
+    lead = piece.startswith("\u2581")
+    return len(piece[lead:].encode()), lead, False
+
 # %% ../nbs/01_data.ipynb #35186be6
 def byte_tables(sp,          # tokenizer
                 vocab_size,  # rows of the model's embedding
                 ) -> ByteTables:  # over max(pieces, vocab_size) ids
     "The official byte-accounting tables of a tokenizer."
-    pieces = [sp.id_to_piece(i) for i in range(sp.vocab_size())]
-    if "\u2581" not in pieces:
+    ids = range(sp.vocab_size())
+    if "\u2581" not in map(sp.id_to_piece, ids):
         raise ValueError("the tokenizer has no piece for a lone space "
                          "(U+2581): byte fallback would charge 3 bytes for "
                          "1; train it on text that has spaces")
-    size = max(len(pieces), vocab_size)
-    base = np.zeros(size, dtype=np.int16)
-    lead = np.zeros(size, dtype=bool)
-    boundary = np.ones(size, dtype=bool)
-    for i, piece in enumerate(pieces):
-        if sp.is_control(i) or sp.is_unknown(i) or sp.is_unused(i): continue
-        boundary[i] = False
-        lead[i] = not sp.is_byte(i) and piece.startswith("\u2581")
-        text = piece[1:] if lead[i] else piece
-        base[i] = 1 if sp.is_byte(i) else len(text.encode())
-    return ByteTables(base, lead, boundary)
+    rows = [piece_bytes(sp, i) for i in ids]
+    rows += [(0, False, True)] * (vocab_size - len(rows))
+    base, lead, boundary = zip(*rows)
+    return ByteTables(np.array(base, np.int16), np.array(lead),
+                      np.array(boundary))
 
 # %% ../nbs/01_data.ipynb #e1cee173
 def target_bytes(tables,  # ByteTables
@@ -243,21 +266,6 @@ def target_bytes(tables,  # ByteTables
     "Bytes charged to each target, given the id before it."
     space = tables.lead[target] & ~tables.boundary[prev]
     return tables.base[target].astype(np.int64) + space
-
-# %% ../nbs/01_data.ipynb #72a53ec9
-@dataclass(frozen=True)
-class Dataset:
-    "A folder of shards that was checked against its tokenizer."
-    name: str              # of the manifest, else of the folder
-    folder: Path           # where the shards are
-    train: tuple           # paths of the train shards, in order
-    val: tuple             # paths of the val shards, in order
-    tokenizer: Path        # the .model file
-    tokenizer_sha256: str  # of that file
-    vocab_size: int        # pieces of the tokenizer
-    fingerprint: str       # 64 hex digits
-    train_tokens: int      # by the headers
-    val_tokens: int        # by the headers
 
 # %% ../nbs/01_data.ipynb #f9cc0075
 def shards_fingerprint(train,  # paths of the train shards
@@ -296,7 +304,19 @@ def find_tokenizer(folder,      # the folder of the shards
                                 f"no {path}; set data.tokenizer")
     return path
 
-# %% ../nbs/01_data.ipynb #ccb0c140
+# %% ../nbs/01_data.ipynb #8e693c85
+def whole_documents(ids,      # int array, from the start of a shard
+                    is_all,   # whether it is the whole shard
+                    most=64,  # documents
+                    ) -> list:  # lists of ids, without BOS
+    "The first whole documents, but for empty ones."
+    starts = np.flatnonzero(ids == BOS)[:most + 1]
+    ends = starts[1:]
+    if len(starts) == 1 and is_all:
+        ends = [len(ids)]  # one document fills the shard
+    return [ids[a + 1:b].tolist() for a, b in zip(starts, ends) if b > a + 1]
+
+# %% ../nbs/01_data.ipynb #eb28e332
 def check_tokenizer(sp,     # tokenizer
                     shard,  # path of the first train shard
                     look=1 << 20,  # tokens read, at most
@@ -308,11 +328,7 @@ def check_tokenizer(sp,     # tokenizer
         raise ValueError(f"{shard}: id {head[high[0]]} at token {high[0]}, "
                          f"but the tokenizer has {vocab} pieces: it is not "
                          "the data's; set data.tokenizer")
-    starts = np.flatnonzero(head == BOS)[:65]
-    ends = starts[1:]
-    if len(starts) == 1 and len(head) == len(tokens):
-        ends = [len(head)]  # one document fills the shard
-    docs = [head[a + 1:b].tolist() for a, b in zip(starts, ends) if b > a + 1]
+    docs = whole_documents(head, is_all=len(head) == len(tokens))
     if not docs:
         raise ValueError(f"{shard}: no whole document (BOS = {BOS} opens "
                          f"one) in the first {len(head)} tokens")
@@ -344,14 +360,10 @@ def read_manifest(folder,       # the folder of the shards
                              "or the tokenizer is not the data's")
     return manifest
 
-# %% ../nbs/01_data.ipynb #de063b03
-def open_dataset(folder,           # the folder of the shards
-                 tokenizer=None,   # path of the .model, None finds it
-                 vocab_size=None,  # the model's, checked if given
-                 val_needed=1,     # targets of one validation window
-                 ) -> Dataset:
-    "Opens a folder of shards and checks it against its tokenizer."
-    folder = Path(folder)
+# %% ../nbs/01_data.ipynb #4135c023
+def find_shards(folder,  # where they should be
+                ) -> tuple:  # paths of the train shards, of the val shards
+    "The shards of a folder, each split in the order of its tokens."
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder; check data.path")
     train, val = (tuple(sorted(folder.glob(f"fineweb_{split}_*.bin")))
@@ -360,6 +372,32 @@ def open_dataset(folder,           # the folder of the shards
         raise FileNotFoundError(f"{folder}: {len(train)} train and "
                                 f"{len(val)} val shards (fineweb_*.bin), "
                                 "both are needed")
+    return train, val
+
+# %% ../nbs/01_data.ipynb #72a53ec9
+@dataclass(frozen=True)
+class Dataset:
+    "A folder of shards that was checked against its tokenizer."
+    name: str              # of the manifest, else of the folder
+    folder: Path           # where the shards are
+    train: tuple           # paths of the train shards, in order
+    val: tuple             # paths of the val shards, in order
+    tokenizer: Path        # the .model file
+    tokenizer_sha256: str  # of that file
+    vocab_size: int        # pieces of the tokenizer
+    fingerprint: str       # 64 hex digits
+    train_tokens: int      # by the headers
+    val_tokens: int        # by the headers
+
+# %% ../nbs/01_data.ipynb #fd285d78
+def open_dataset(folder,           # the folder of the shards
+                 tokenizer=None,   # path of the .model, None finds it
+                 vocab_size=None,  # the model's, checked if given
+                 val_needed=1,     # targets of one validation window
+                 ) -> Dataset:
+    "Opens a folder of shards and checks it against its tokenizer."
+    folder = Path(folder)
+    train, val = find_shards(folder)
     train_tokens, val_tokens = (sum(map(shard_length, files))
                                 for files in (train, val))
     if val_tokens < val_needed + 1:
@@ -450,7 +488,9 @@ def fill_queue(items,  # iterator
         put(error)
 
 # %% ../nbs/01_data.ipynb #a8cc1846
-def end_thread(thread, stop):
+def end_thread(thread,  # threading.Thread
+               stop,    # the threading.Event that it watches
+               ):
     "Ask a thread to end and wait until it has."
     stop.set()
     thread.join()

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['visible_devices', 'stage_command', 'stage_name', 'process_table', 'other_process', 'owned_sibling', 'dead_siblings',
-           'flat', 'settings', 'check_out', 'prepare_run', 'abandon_run', 'finish_run', 'restore_old', 'descendants',
-           'end_descendants', 'supervise', 'LineTail', 'run_stage', 'torchrun_failures', 'error_files', 'first_to_fail',
-           'exit_cause', 'last_exception', 'StageFailed', 'stage_failure', 'status_line', 'LiveView']
+           'flat', 'settings', 'check_out', 'abandon_run', 'finish_run', 'restore_old', 'prepare_run', 'descendants',
+           'end_descendants', 'supervise', 'start_supervised', 'child_environment', 'LineTail', 'torchrun_failures',
+           'error_files', 'first_to_fail', 'exit_cause', 'last_exception', 'StageFailed', 'stage_failure', 'run_stage',
+           'status_line', 'LiveView']
 
 # %% ../nbs/24_launch.ipynb #414b289e
 import ctypes, json, os, re, select, shlex, shutil, signal, socket
@@ -41,6 +42,7 @@ def stage_command(module, # "golf"
                     '--nproc-per-node', str(nproc), '-m']
     return command + [module, *map(str, args)]
 
+# %% ../nbs/24_launch.ipynb #0eaa002e
 def stage_name(command # see `stage_command`
                ):
     "The module that a command runs, with its subcommand if it has one."
@@ -51,7 +53,7 @@ def stage_name(command # see `stage_command`
         return ' '.join([module, *(x for x in rest[:1] if x.isalpha())])
     return Path(command[0]).name.rstrip('.0123456789')
 
-# %% ../nbs/24_launch.ipynb #cb23f2c5
+# %% ../nbs/24_launch.ipynb #4bb12221
 def process_table():
     "{pid: parent's pid} of the processes of this machine, zombies left out."
     rows = []
@@ -68,6 +70,7 @@ def process_table():
     return {int(pid): int(parent) for pid, parent, state in rows
             if not state.startswith('Z')}
 
+# %% ../nbs/24_launch.ipynb #6e82e046
 def other_process(pid # of a process
                   ):
     "Does this process live, and is it not the present one?"
@@ -96,7 +99,7 @@ def dead_siblings(out, # a run's folder
             if pid.isdigit() and path.name == f'{mine}{pid}'
             and not other_process(int(pid))]
 
-# %% ../nbs/24_launch.ipynb #05634a88
+# %% ../nbs/24_launch.ipynb #5e42c3f8
 def flat(tree,    # nested mappings and lists
          prefix='' # of the keys
          ):
@@ -107,6 +110,7 @@ def flat(tree,    # nested mappings and lists
         leaves |= flat(v, f'{prefix}.{k}' if prefix else str(k))
     return leaves
 
+# %% ../nbs/24_launch.ipynb #0bc88a37
 def settings(text, # a run's params.yaml
              source # what to call it in an error
              ):
@@ -115,6 +119,7 @@ def settings(text, # a run's params.yaml
     try: return flat(parse_yaml(config_text(build_config(tree, source)), ''))
     except ConfigError: return flat(tree)  # not of this version
 
+# %% ../nbs/24_launch.ipynb #3b136eb7
 def check_out(out, # folder to write a run to
               text # this run's resolved config, YAML
               ):
@@ -135,20 +140,7 @@ def check_out(out, # folder to write a run to
             f'{out} holds a run of another config: {key} is {a} there and '
             f'{b} here; give another `out`, or remove that folder')
 
-# %% ../nbs/24_launch.ipynb #5e42c3f8
-def prepare_run(out,             # folder the run will end in
-                params_yaml_text # this run's resolved config
-                ):
-    "A fresh folder to build the run in, with its `params.yaml`."
-    out = Path(os.path.realpath(out))
-    restore_old(out)
-    check_out(out, params_yaml_text)
-    for left in dead_siblings(out, 'partial'): abandon_run(left, out)
-    partial = owned_sibling(out, 'partial')
-    partial.mkdir(parents=True)
-    (partial/'params.yaml').write_text(params_yaml_text, encoding='utf8')
-    return partial
-
+# %% ../nbs/24_launch.ipynb #e8427889
 def abandon_run(partial, # folder of a run that will not finish
                 out      # folder it was meant for
                 ):
@@ -186,6 +178,20 @@ def restore_old(out # a run's folder
         if out.exists(): shutil.rmtree(old, ignore_errors=True)
         else: os.rename(old, out)
 
+# %% ../nbs/24_launch.ipynb #f51db78d
+def prepare_run(out,             # folder the run will end in
+                params_yaml_text # this run's resolved config
+                ):
+    "A fresh folder to build the run in, with its `params.yaml`."
+    out = Path(os.path.realpath(out))
+    restore_old(out)
+    check_out(out, params_yaml_text)
+    for left in dead_siblings(out, 'partial'): abandon_run(left, out)
+    partial = owned_sibling(out, 'partial')
+    partial.mkdir(parents=True)
+    (partial/'params.yaml').write_text(params_yaml_text, encoding='utf8')
+    return partial
+
 # %% ../nbs/24_launch.ipynb #4ac2368e
 def descendants(pid # of a process
                 ):
@@ -195,7 +201,7 @@ def descendants(pid # of a process
         family |= more
     return family - {pid}
 
-# %% ../nbs/24_launch.ipynb #c44acc4e
+# %% ../nbs/24_launch.ipynb #c91de9b6
 def end_descendants(grace # seconds from the request to the order
                     ):
     "End all processes below this one: SIGTERM, then SIGKILL after a grace."
@@ -209,6 +215,7 @@ def end_descendants(grace # seconds from the request to the order
         sent |= family
         time.sleep(0.05)
 
+# %% ../nbs/24_launch.ipynb #9a0c29ca
 def supervise(command, # the stage's
               grace    # seconds between SIGTERM and SIGKILL
               ):
@@ -225,6 +232,28 @@ def supervise(command, # the stage's
         while os.waitpid(-1, os.WNOHANG)[0]: pass  # inherited zombies
     except ChildProcessError: pass
     sys.exit(code if code >= 0 else 128 - code)  # as a shell reports signals
+
+# %% ../nbs/24_launch.ipynb #bad1fcd9
+def start_supervised(command, # the stage's
+                     log,     # open file for its output
+                     env,     # environment variables
+                     grace    # seconds between SIGTERM and SIGKILL
+                     ):
+    "Start a command below a supervisor; closing its `stdin` ends both."
+    watcher = ('from golf.launch import supervise; '
+               f'supervise({command!r}, {grace!r})')
+    return subprocess.Popen(
+        [sys.executable, '-c', watcher], stdin=subprocess.PIPE,
+        stdout=log, stderr=log, env=env, start_new_session=True)
+
+# %% ../nbs/24_launch.ipynb #499a8243
+def child_environment(env=None # further variables
+                      ):
+    "This process's environment for a child that imports what it would."
+    env = {**os.environ, 'PYTHONUNBUFFERED': '1', **(env or {})}
+    paths = [env.get('PYTHONPATH'), *sys.path]
+    env['PYTHONPATH'] = os.pathsep.join(filter(None, paths))
+    return env
 
 # %% ../nbs/24_launch.ipynb #172832a0
 class LineTail:
@@ -245,47 +274,7 @@ class LineTail:
         self.offset += len(whole) + 1
         return whole.decode('utf8', 'replace').split('\n')
 
-# %% ../nbs/24_launch.ipynb #499a8243
-def run_stage(command,     # see `stage_command`
-              log_path,    # `log.txt` of the run, appended to
-              on_line=None,# called with each line of output
-              on_tick=None,# called about every `interval` seconds
-              env=None,    # further environment variables
-              interval=0.2,# seconds between two looks
-              grace=10     # seconds from SIGTERM to SIGKILL
-              ):
-    "Run a stage to its end; raises `StageFailed` unless it exits with 0."
-    log_path = Path(log_path)
-    for stale in log_path.parent.glob('error-rank*.json'): stale.unlink()
-    env = {**os.environ, 'PYTHONUNBUFFERED': '1', **(env or {})}
-    paths = [env.get('PYTHONPATH'), *sys.path]
-    env['PYTHONPATH'] = os.pathsep.join(filter(None, paths))
-    watcher = ('from golf.launch import supervise; '
-               f'supervise({command!r}, {grace!r})')
-    with open(log_path, 'ab') as log:
-        log.write(f'== {shlex.join(command)}\n'.encode())
-        log.flush()
-        tail = LineTail(log_path, log.tell())
-        process = subprocess.Popen(
-            [sys.executable, '-c', watcher], stdin=subprocess.PIPE,
-            stdout=log, stderr=log, env=env, start_new_session=True)
-    lines = []
-    try:
-        ended = False
-        while not ended:
-            ended = process.poll() is not None  # before reading: no line
-            lines += (new := tail.read())       # is written after it
-            for line in new if on_line else (): on_line(line)
-            if on_tick: on_tick()
-            if not ended: time.sleep(interval)
-    finally:
-        process.stdin.close()
-        process.wait()
-    if process.returncode:
-        raise stage_failure(stage_name(command), process.returncode,
-                            lines, log_path.parent)
-
-# %% ../nbs/24_launch.ipynb #c1bf653e
+# %% ../nbs/24_launch.ipynb #f0e718c4
 def torchrun_failures(lines # of a log
                       ):
     "[(rank, exit code)] in the launcher's summary, the root cause first."
@@ -297,6 +286,7 @@ def torchrun_failures(lines # of a log
             found.append((rank, int(m[1])))
     return found if root is None else found[root:] + found[:root]
 
+# %% ../nbs/24_launch.ipynb #4b891c11
 def error_files(folder # of a run
                 ):
     "What workers wrote before they ended, the earliest first."
@@ -307,7 +297,7 @@ def error_files(folder # of a run
         errors.append((error.get('time', path.stat().st_mtime), error))
     return [e for _, e in sorted(errors, key=lambda pair: pair[0])]
 
-# %% ../nbs/24_launch.ipynb #e04df889
+# %% ../nbs/24_launch.ipynb #4cd5fe16
 def first_to_fail(failures, # see `torchrun_failures`
                   errors    # see `error_files`
                   ):
@@ -320,6 +310,7 @@ def first_to_fail(failures, # see `torchrun_failures`
     first = errors[0]
     return first['rank'], dict(failures).get(first['rank'], 1), first
 
+# %% ../nbs/24_launch.ipynb #edb25e46
 def exit_cause(code # exit code, negative for a signal
                ):
     "An exit code in words."
@@ -352,6 +343,7 @@ class StageFailed(RuntimeError):
         self.tail = list(tail)
         super().__init__('\n'.join([self.line, 'The log ends with:', *tail]))
 
+# %% ../nbs/24_launch.ipynb #39c1716b
 def stage_failure(stage,  # "golf train"
                   code,   # exit code of the whole stage
                   lines,  # of its log
@@ -370,6 +362,39 @@ def stage_failure(stage,  # "golf train"
     else: cause = code >= 0 and last_exception(lines, rank)
     return StageFailed(stage, rank, cause or exit_cause(code),
                        [line for line in lines if line][-keep:])
+
+# %% ../nbs/24_launch.ipynb #a4fc7716
+def run_stage(command,     # see `stage_command`
+              log_path,    # `log.txt` of the run, appended to
+              on_line=None,# called with each line of output
+              on_tick=None,# called about every `interval` seconds
+              env=None,    # further environment variables
+              interval=0.2,# seconds between two looks
+              grace=10     # seconds from SIGTERM to SIGKILL
+              ):
+    "Run a stage to its end; raises `StageFailed` unless it exits with 0."
+    log_path = Path(log_path)
+    for stale in log_path.parent.glob('error-rank*.json'): stale.unlink()
+    with open(log_path, 'ab') as log:
+        log.write(f'== {shlex.join(command)}\n'.encode())
+        log.flush()
+        tail, lines = LineTail(log_path, log.tell()), []
+        process = start_supervised(command, log, child_environment(env),
+                                   grace)
+    try:
+        ended = False
+        while not ended:
+            ended = process.poll() is not None  # before reading: no line
+            lines += (new := tail.read())       # is written after it
+            for line in new if on_line else (): on_line(line)
+            if on_tick: on_tick()
+            if not ended: time.sleep(interval)
+    finally:
+        process.stdin.close()
+        process.wait()
+    if process.returncode:
+        raise stage_failure(stage_name(command), process.returncode,
+                            lines, log_path.parent)
 
 # %% ../nbs/24_launch.ipynb #bb08f42f
 def status_line(lines # metrics of a run so far

@@ -4,9 +4,11 @@
     python tests/stale.py --mend   write them anew
 
 Sources are the notebooks: `golf/` is their export, a committed notebook is
-clean, and README.md is `nbs/index.ipynb` as Markdown. Files are compared
-before and after, so that uncommitted work does not count as stale.
+clean, README.md is `nbs/index.ipynb` as Markdown, and its pictures are
+those of a kept run. Files are compared before and after, so that
+uncommitted work does not count as stale.
 """
+import base64
 import hashlib
 import json
 import re
@@ -17,7 +19,9 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-MADE = 'golf/*.py', 'nbs/*.ipynb', 'README.md'
+MADE = 'golf/*.py', 'nbs/*.ipynb', 'nbs/images/*.png', 'README.md'
+RUN = 'runs/pr137+onegpu-s1337.ipynb'  # the run on the first page
+PICTURES = {'curves': 'plot_loss(lines', 'stages': 'plot_stages(result'}
 HEAD = ('<!-- made from nbs/index.ipynb by `make sync`; '
         'edit the notebook -->\n\n')
 
@@ -29,15 +33,27 @@ def readme(notebook):
     for cell in cells:
         text = ''.join(cell['source']).strip()
         if cell['cell_type'] == 'markdown':
-            text = re.sub(r'\]\((\d\d_\w+\.ipynb)', r'](nbs/\1', text)
-            parts.append(text.replace('](../', ']('))
+            parts.append(text)
         elif text and '#| hide' not in text:
-            parts.append(f'```python\n{text}\n```')
+            if '#| echo: false' not in text:
+                parts.append(f'```python\n{text}\n```')
             for out in cell['outputs']:
                 data = out.get('data', {})
                 made = data.get('text/markdown') or data.get('text/plain')
                 if made: parts.append(''.join(made))
-    return HEAD + '\n\n'.join(p for p in parts if p) + '\n'
+    text = '\n\n'.join(p for p in parts if p)
+    text = re.sub(r'\]\((\d\d_\w+\.ipynb|images/)', r'](nbs/\1', text)
+    return HEAD + text.replace('](../', '](') + '\n'
+
+
+def stored_picture(notebook, source):
+    "The PNG that the cell with this source put out."
+    for cell in json.loads(Path(notebook).read_text('utf8'))['cells']:
+        if source not in ''.join(cell['source']): continue
+        for out in cell.get('outputs', []):
+            if png := out.get('data', {}).get('image/png'):
+                return base64.b64decode(png)
+    raise ValueError(f'{notebook}: no picture of {source}')
 
 
 def hashes(root):
@@ -51,6 +67,10 @@ def mend(root):
     bin_ = Path(sys.executable).parent
     for tool in ('nbdev_export', 'nbdev_clean'):
         subprocess.run([bin_/tool], cwd=root, check=True)
+    (root/'nbs/images').mkdir(exist_ok=True)
+    for name, source in PICTURES.items():
+        (root/f'nbs/images/{name}.png').write_bytes(
+            stored_picture(root/RUN, source))
     (root/'README.md').write_text(readme(root/'nbs/index.ipynb'), 'utf8')
 
 
@@ -59,7 +79,8 @@ def stale(root):
     with tempfile.TemporaryDirectory() as tmp:
         copy = Path(tmp, root.name)
         for name in ('golf', 'nbs'): shutil.copytree(root/name, copy/name)
-        for name in ('settings.ini', 'pyproject.toml', 'README.md'):
+        (copy/'runs').mkdir()
+        for name in ('settings.ini', 'pyproject.toml', 'README.md', RUN):
             shutil.copy(root/name, copy/name)
         before = hashes(copy)
         mend(copy)
