@@ -314,7 +314,9 @@ def start_build(path, out, model):
     return subprocess.Popen(
         [sys.executable, '-c', code, path, out/'own', model], cwd=ROOT,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        start_new_session=True)
+        start_new_session=True,
+        # a background job of a shell starts with SIGINT ignored
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
 
 
 @pytest.mark.skipif(not os.path.isdir('/proc/self'), reason='reads /proc')
