@@ -25,7 +25,7 @@ import torch
 import zstandard
 
 # %% ../nbs/19_artifact.ipynb #0527b3d0
-from .grid import format_bits, qmax, role_of
+from .grid import FORMATS, format_bits, qmax, role_of
 from .quantize import QuantTensor, quantize_state
 
 # %% ../nbs/19_artifact.ipynb #e1e85905
@@ -187,10 +187,9 @@ def check_spec(spec:object, # an entry of a stream's "tensors"
     if type(fmt) is not str or not is_label(name):
         raise ArtifactError(f"{where}: a name and a format are strings")
     where = f"{where}: {name!r}"
-    try:
-        format_bits(fmt)
-    except ValueError as error:
-        raise ArtifactError(f"{where}: {str(error)[:99]}") from None
+    if fmt not in FORMATS:
+        raise ArtifactError(f"{where}: unknown format {fmt[:24]!r}; known: "
+                            f"{', '.join(FORMATS)}")
     return name, fmt, allowed_shape(shape, fmt, where)
 
 # %% ../nbs/19_artifact.ipynb #696488d1
@@ -463,10 +462,11 @@ def artifact_meta(cfg,              # a `Config`
                   precision         # of activations: "bf16" or "fp32"
                   ) -> dict: # JSON values
     "What a scorer must know about a model."
-    return dict(config=cfg.name, seed=cfg.seed, precision=precision,
-                model=dict(vars(cfg.model)), score=dict(vars(cfg.score)),
+    meta = dict(config=cfg.name, seed=cfg.seed, precision=precision,
+                model=vars(cfg.model), score=vars(cfg.score),
                 max_len=max(cfg.train.seq_len, cfg.score.seq_len),
                 tokenizer_sha256=tokenizer_sha256)
+    return json.loads(json.dumps(meta)) # tuples become lists
 
 # %% ../nbs/19_artifact.ipynb #f83adb9e
 def export_artifact(state,            # parameter's name -> trained tensor

@@ -75,7 +75,8 @@ def pack_run(folder # of a run with a checkpoint
     "Write model.golf from the checkpoint, or raise `OverLimit`."
     folder = Path(folder)
     cfg = read_config(folder/'params.yaml')
-    state, facts = load_checkpoint(folder/'checkpoint')
+    averaged = cfg.average.method != 'none'
+    state, facts = load_checkpoint(folder/'checkpoint', averaged)
     blob, _ = export_artifact(state, cfg, facts['tokenizer_sha256'],
                               facts['precision'])
     code, _ = code_bytes(['golf.train', 'golf.score'])
@@ -151,11 +152,14 @@ def score_command(a # parsed arguments
                                 'make it first')
     if a.raw:
         cfg = read_config(Path(a.raw)/'params.yaml')
-        state, _ = load_checkpoint(Path(a.raw)/'checkpoint')
+        names = dict(raw=False, averaged=True)
+        if cfg.average.method == 'none': names.pop('averaged')
+        states = {name: load_checkpoint(Path(a.raw)/'checkpoint', average)[0]
+                  for name, average in names.items()}
     folder = Path(a.json).parent if a.json else None
     with report_errors(folder), start_ranks(a.device) as ranks:
         dataset = resolve_dataset(a.data, a.tokenizer)
-        scores = (score_weights(state, cfg, dataset, ranks) if a.raw
+        scores = (score_weights(states, cfg, dataset, ranks) if a.raw
                   else score_artifact(a.artifact, dataset, ranks))
         if not ranks.first: return
         if a.json: write_scores(a.json, scores)

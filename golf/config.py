@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SCALARS', 'CHOICES', 'FLAGSHIP', 'SMOKE', 'ConfigError', 'DataConfig', 'ModelConfig', 'OptimConfig', 'TrainConfig',
-           'QatConfig', 'QuantConfig', 'ScoreConfig', 'Config', 'parse_yaml', 'merge', 'build_config', 'project_root',
-           'find_params', 'resolve_auto', 'load_run_config', 'config_text', 'read_config']
+           'AverageConfig', 'QatConfig', 'QuantConfig', 'ScoreConfig', 'Config', 'parse_yaml', 'merge', 'build_config',
+           'project_root', 'find_params', 'resolve_auto', 'load_run_config', 'config_text', 'read_config']
 
 # %% ../nbs/00_config.ipynb #e5248cb2
 import difflib, json, re
@@ -46,6 +46,23 @@ class DataConfig:
         _need_positive('data', self, 'spans', 'heldout_tokens')
 
 # %% ../nbs/00_config.ipynb #bf8c4cac
+def _check_blocks(m # a `ModelConfig`
+                  ):
+    "The optional blocks fit the network."
+    head = m.dim // m.heads
+    _need(m.rope_dims % 2 == 0 and 0 <= m.rope_dims <= head,
+          f'model.rope_dims: {m.rope_dims} is not an even number in 0..{head}')
+    _need(m.rope_ntk >= 1, f'model.rope_ntk: {m.rope_ntk} is below 1')
+    _need(0 <= m.xsa_layers <= m.layers, f'model.xsa_layers: {m.xsa_layers} '
+          f'is outside 0..model.layers = {m.layers}')
+    _need(m.bigram_buckets == 0 or m.bigram_buckets > 1,
+          f'model.bigram_buckets: {m.bigram_buckets}; two at least, or 0')
+    at = m.value_layers
+    _need(len(set(at)) == len(at) and all(0 <= i < m.layers for i in at),
+          f'model.value_layers: {list(at)} are not different layers of '
+          f'0..{m.layers - 1}')
+
+# %% ../nbs/00_config.ipynb #41e2ca3f
 @dataclass(frozen=True)
 class ModelConfig:
     "The network: sizes, nonlinearity and initial values."
@@ -56,10 +73,20 @@ class ModelConfig:
     heads: int = 8            # query heads
     kv_heads: int = 4         # key and value heads (grouped-query attention)
     mlp_hidden: int = 1536    # width inside the MLP
-    activation: Literal['relu2'] = 'relu2'
+    activation: Literal['relu2', 'leaky_relu2'] = 'relu2'
     softcap: float = 30.0     # logits become softcap*tanh(z/softcap)
     rope_base: float = 10_000.0
+    rope_dims: int = 0        # of a head that turn; 0 = all
+    rope_ntk: float = 1.0     # training rows over those rope_base is for
     q_gain: float = 1.5       # initial gain of each query head
+    xsa_layers: int = 0       # last layers with exclusive self-attention
+    smear: bool = False       # SmearGate on the embedding
+    bigram_buckets: int = 0   # rows of BigramHash's table; 0 = none
+    bigram_dim: int = 128
+    value_layers: tuple[int, ...] = ()  # layers with a value embedding
+    value_dim: int = 128
+    ln_scale: bool = False    # inputs of layer l times 1/sqrt(l + 1)
+    residual_init: Literal['zero', 'orthogonal'] = 'zero'  # output matrices
     embed_std: float = 0.005  # of the initial tied embedding
 
     def __post_init__(self):
@@ -74,7 +101,8 @@ class ModelConfig:
         _need(self.heads % self.kv_heads == 0, f'model.kv_heads: '
               f'{self.kv_heads} does not divide model.heads = {self.heads}')
         _need_positive('model', self, 'softcap', 'rope_base', 'q_gain',
-                       'embed_std')
+                       'embed_std', 'bigram_dim', 'value_dim')
+        _check_blocks(self)
 
 # %% ../nbs/00_config.ipynb #7bb716aa
 @dataclass(frozen=True)
@@ -155,6 +183,23 @@ class TrainConfig:
         _need(0 <= self.min_lr <= 1, f'train.min_lr: {self.min_lr} is '
               'outside 0..1 (it is a multiplier)')
 
+# %% ../nbs/00_config.ipynb #84612914
+@dataclass(frozen=True)
+class AverageConfig:
+    "Which average of the weights is exported."
+    __pydantic_config__ = dict(extra='forbid')
+    method: Literal['none', 'ema', 'swa'] = 'none'
+    decay: float = 0.997             # ema: kept of the average, each step
+    every: int = 50                  # swa: steps between snapshots
+    below: float = 0.2               # swa: once the rate multiplier is lower
+
+    def __post_init__(self):
+        _need(0 <= self.decay < 1, f'average.decay: {self.decay} is outside '
+              '0..1, or is 1 (the average would stay at the start)')
+        _need_positive('average', self, 'every')
+        _need(0 < self.below <= 1, f'average.below: {self.below} is outside '
+              '0..1 (it is a multiplier)')
+
 # %% ../nbs/00_config.ipynb #6109eb11
 @dataclass(frozen=True)
 class QatConfig:
@@ -162,7 +207,28 @@ class QatConfig:
     __pydantic_config__ = dict(extra='forbid')
     enabled: bool = False
     start_step: int = 0              # the first step that rounds its weights
+    start_fraction: float | None = None  # of the budget, or: rounding begins
+    start_lr: float | None = None    # when the lr multiplier falls below
+    rounding: Literal['ste', 'soft'] = 'ste'
+    alpha_start: float = 1.0         # sharpness of soft rounding as it begins
+    alpha_end: float = 16.0          # and at the end of the budget
+    refresh_every: int = 50          # steps between new clips
 
+    def __post_init__(self):
+        _need(self.start_step >= 0,
+              f'qat.start_step: {self.start_step} is negative')
+        starts = (self.start_step or None, self.start_fraction, self.start_lr)
+        _need(sum(x is not None for x in starts) <= 1, 'qat.start_step, '
+              'qat.start_fraction, qat.start_lr: give one at most')
+        for key in ('start_fraction', 'start_lr'):
+            x = getattr(self, key)
+            _need(x is None or 0 <= x <= 1, f'qat.{key}: {x} is outside 0..1')
+        _need_positive('qat', self, 'alpha_start', 'refresh_every')
+        _need(self.alpha_start <= self.alpha_end <= 64, 'qat.alpha_start, '
+              f'qat.alpha_end: {self.alpha_start} to {self.alpha_end} does '
+              'not rise, or ends above 64')
+
+# %% ../nbs/00_config.ipynb #f845b379
 @dataclass(frozen=True)
 class QuantConfig:
     "What the artifact stores."
@@ -205,6 +271,7 @@ class Config:
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig               # no default: a budget is needed
     qat: QatConfig = field(default_factory=QatConfig)
+    average: AverageConfig = field(default_factory=AverageConfig)
     quant: QuantConfig = field(default_factory=QuantConfig)
     score: ScoreConfig = field(default_factory=ScoreConfig)
 
@@ -215,8 +282,9 @@ class Config:
               f'train.seq_len = {self.data.spans} * {t.seq_len} = {row}')
         _need(self.limit_bytes > 0,
               f'limit_bytes: {self.limit_bytes} is not positive')
-        _need(self.qat.start_step >= 0,
-              f'qat.start_step: {self.qat.start_step} is negative')
+        _need(self.average.method != 'swa' or t.min_lr < self.average.below,
+              f'average.below: {self.average.below} is never undercut, the '
+              f'learning rate ends at train.min_lr = {t.min_lr}')
         _need(not self.qat.enabled or self.quant.formats,
               'qat.enabled: quant.formats is empty, so there is no grid')
 
@@ -258,7 +326,8 @@ def parse_yaml(text,  # YAML text of a mapping
 
 # %% ../nbs/00_config.ipynb #891a763c
 CHOICES = (('seconds', 'steps', 'tokens'),
-           ('warmdown_steps', 'warmdown_fraction'))
+           ('warmdown_steps', 'warmdown_fraction'),
+           ('start_step', 'start_fraction', 'start_lr'))
 
 def merge(base, # a tree of mappings
           over  # another, laid over it

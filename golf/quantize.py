@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['QuantTensor', 'dequantize_tensor', 'quantize_tensor', 'quantize_state', 'dequantize_state', 'code_entropy',
-           'quantization_report']
+           'clipped_share', 'layer_of', 'quantization_report', 'by_layer']
 
 # %% ../nbs/17_quantize.ipynb #ab5ff208
 from dataclasses import dataclass
@@ -13,8 +13,9 @@ import numpy as np
 import torch
 
 # %% ../nbs/17_quantize.ipynb #5011a7d5
-from .grid import check_formats, dequantize_rows, format_bits
-from .grid import format_of, quantize_rows, role_of
+from .grid import (check_formats, clip_ratio, dequantize_rows,
+                       format_grid, format_of, qmax, quantize_rows, role_of,
+                       stored_format)
 
 # %% ../nbs/17_quantize.ipynb #b3cdf04d
 @dataclass(frozen=True, eq=False)
@@ -38,7 +39,7 @@ def dequantize_tensor(t:QuantTensor # a stored parameter
 # %% ../nbs/17_quantize.ipynb #ed71a546
 def quantize_tensor(name:str, # the parameter's name
                     w:torch.Tensor, # its value, floating point
-                    fmt:str # a name in golf.grid.FORMATS
+                    fmt:str # as in golf.grid.format_grid: "int5 sd3.0"
                     ) -> QuantTensor: # the stored form
     "Round one parameter to its format; refuse what does not fit it."
     if not w.is_floating_point():
@@ -47,12 +48,13 @@ def quantize_tensor(name:str, # the parameter's name
     w = w.detach().to("cpu", torch.float32)
     if not bool(w.isfinite().all()):
         raise ValueError(f"{name} holds NaN or infinite values")
-    if bits := format_bits(fmt):
+    bits, *rule = format_grid(fmt)
+    if bits:
         try:
-            codes, scale = quantize_rows(w, bits)
+            parts = quantize_rows(w, bits, clip_ratio(w, bits, *rule))
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
-        return QuantTensor(name, fmt, tuple(w.shape), codes, scale)
+        return QuantTensor(name, stored_format(fmt), tuple(w.shape), *parts)
     values = w.half() if fmt == "fp16" else w.clone()
     if not bool(values.isfinite().all()):
         raise ValueError(f"{name} has a value of {w.abs().max():g}, beyond "
@@ -85,6 +87,23 @@ def code_entropy(codes:torch.Tensor # integers, any shape
     return float(-(p * p.log2()).sum())
 
 # %% ../nbs/17_quantize.ipynb #ed052901
+def clipped_share(w:torch.Tensor, # trained weights [rows, cols]
+                  t:QuantTensor # what is stored of them
+                  ) -> float: # 0 for the float formats
+    "The part of the weights that lie beyond the last code of their row."
+    if t.codes is None: return 0.0
+    top = qmax(format_grid(t.format)[0])
+    u = w.double() / t.scale.double().clamp(min=2.0**-24)[:, None]
+    return float(((u > top + 0.5) | (u < -top - 1.5)).double().mean())
+
+# %% ../nbs/17_quantize.ipynb #666a3bcc
+def layer_of(name:str # parameter's name in the state dict
+             ) -> int|None: # None outside the blocks
+    "The block that a parameter belongs to."
+    head, *rest = name.split(".")
+    return int(rest[0]) if head == "blocks" else None
+
+# %% ../nbs/17_quantize.ipynb #bb766b9d
 def quantization_report(state:dict, # parameter's name -> trained tensor
                         tensors:dict # parameter's name -> QuantTensor
                         ) -> list: # a dict a tensor
@@ -98,10 +117,25 @@ def quantization_report(state:dict, # parameter's name -> trained tensor
         snr = -20 * float(np.log10(relative)) if relative else float("inf")
         integer = t.codes is not None
         rows.append({
-            "role": role_of(name), "name": name, "format": t.format,
-            "weights": w.numel(), "relative_error": relative,
+            "role": role_of(name), "layer": layer_of(name), "name": name,
+            "format": t.format, "weights": w.numel(),
+            "clipped": clipped_share(w, t), "relative_error": relative,
             "snr_db": snr,
             "bits_per_weight": code_entropy(t.codes) if integer else None,
             "zero_rows":
                 float((t.scale == 0).double().mean()) if integer else 0.0})
     return rows
+
+# %% ../nbs/17_quantize.ipynb #134a67fd
+def by_layer(rows:list, # of quantization_report
+             key:str # a column of it: "clipped", "snr_db", ...
+             ) -> dict: # role -> {layer: mean over weights}
+    "One column of the report by role and layer, integer formats only."
+    sums = {}
+    for r in rows:
+        if r["bits_per_weight"] is None: continue
+        total = sums.setdefault(r["role"], {}).setdefault(r["layer"], [0, 0])
+        total[0] += r[key] * r["weights"]
+        total[1] += r["weights"]
+    return {role: {layer: a / b for layer, (a, b) in places.items()}
+            for role, places in sums.items()}

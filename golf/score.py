@@ -126,22 +126,22 @@ def score_artifact(path,    # model.golf
         for name in ('quantized', 'sliding')])
 
 # %% ../nbs/21_score.ipynb #758037bf
-def score_weights(state,   # float weights of a checkpoint
+def score_weights(states,  # {stage: float weights of a checkpoint}
                   cfg,     # the run's `Config`
                   dataset, # a `Dataset`
-                  ranks,   # `Ranks`
-                  name='raw' # of the stage
+                  ranks    # `Ranks`
                   ):
-    "{data, stages} with the plain score of the float weights."
+    "{data, stages} with the plain score of each set of float weights."
     model = GPT(cfg.model, max(cfg.train.seq_len, cfg.score.seq_len),
                 stream_dtype(cfg.train.precision, ranks.device))
-    model.load_state_dict(state)
     torch.set_num_threads(cfg.score.threads)
     forward = compiled_forward(model.to(ranks.device).eval(), cfg.score,
                                ranks.device)
-    text = Text(dataset, cfg.score)
-    return dict(data=text.facts(), stages=[
-        score_stage(name, forward, text, cfg.score, ranks)])
+    text, stages = Text(dataset, cfg.score), []
+    for name, state in states.items():
+        model.load_state_dict(state)
+        stages.append(score_stage(name, forward, text, cfg.score, ranks))
+    return dict(data=text.facts(), stages=stages)
 
 # %% ../nbs/21_score.ipynb #3d33773a
 def write_scores(path,  # a JSON file

@@ -21,13 +21,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from .averaging import build_average
 from .corpus import resolve_dataset
 from .data import (Dataset, Loader, TokenStream, atomic_path, byte_tables,
                        heldout_tokens, load_tokenizer, target_bytes)
 from .grid import check_formats
 from .model import build_model, flops_per_token, parameter_shapes
 from .muon import Optimizers, build_optimizers, clip_gradients
-from .qat import assign_grids, prove_rounding, set_rounding
+from .qat import (QatSchedule, advance_qat, assign_grids,
+                      prove_rounding, weights_as)
 from .ranks import (Ranks, machine, pick_device, stream_dtype,
                         utilisation)
 from .schedule import Budget, Schedule
@@ -137,7 +139,8 @@ def model_and_forward(cfg,    # a `Config`
     t = cfg.train
     model = build_model(cfg.model, max(t.seq_len, cfg.score.seq_len),
                         cfg.seed, stream_dtype(t.precision, device))
-    if cfg.qat.enabled: assign_grids(model, cfg.quant.formats)
+    if cfg.qat.enabled:
+        assign_grids(model, cfg.quant.formats, cfg.qat.rounding)
     on, _ = compile_choice(t.compile, device)
     model = model.to(device)
     return model, (torch.compile(model, fullgraph=True, dynamic=False)
@@ -157,6 +160,7 @@ class Job:
     forward: object         # the model, compiled or not
     optimizers: Optimizers
     schedule: Schedule
+    average: object = None  # of the weights, from the first step on
 
 # %% ../nbs/16_train.ipynb #d4c3b2c0
 def set_up(cfg,  # a `Config`
@@ -268,6 +272,7 @@ def log_step(job,      # the run
              loss,     # of the last one, this rank's, on the device
              lr,       # multiplier it used
              momentum, # and Muon's momentum
+             rounded,  # whether it rounded the weights
              logged    # (step, seconds) of the last line
              ):
     "One line of kind `train`; the (step, seconds) it was written at."
@@ -277,10 +282,9 @@ def log_step(job,      # the run
         raise RuntimeError(f'the loss is {mean} at step {step}: lower the '
                            'learning rates (optim.*_lr)')
     ms = 1000 * (seconds - logged[1]) / (step - logged[0])
-    qat = cfg.qat.enabled and step > cfg.qat.start_step
     log(dict(kind='train', step=step, seconds=seconds,
              tokens=step*cfg.train.batch_tokens, loss=mean, lr=lr,
-             momentum=momentum, ms=ms, qat=int(qat)))
+             momentum=momentum, ms=ms, qat=int(rounded)))
     return step, seconds
 
 # %% ../nbs/16_train.ipynb #f8701d51
@@ -290,9 +294,13 @@ def log_heldout(job,   # the run
                 step   # steps done
                 ):
     "One line of kind `heldout`."
-    loss, bpb = heldout_loss(job)
-    log(dict(kind='heldout', step=step, seconds=clock.seconds(),
-             tokens=step*job.cfg.train.batch_tokens, loss=loss, bpb=bpb))
+    with weights_as(job.model, 'float'): loss, bpb = heldout_loss(job)
+    line = dict(kind='heldout', step=step, seconds=clock.seconds(),
+                tokens=step*job.cfg.train.batch_tokens, loss=loss, bpb=bpb)
+    if job.cfg.qat.enabled:
+        with weights_as(job.model, 'exported'):
+            line['quantized_loss'], line['quantized_bpb'] = heldout_loss(job)
+    log(line)
 
 # %% ../nbs/16_train.ipynb #d9d5e16f
 def run_steps(job,  # the run, warmed up
@@ -302,23 +310,26 @@ def run_steps(job,  # the run, warmed up
     "Train until the budget is spent; (steps, seconds on the clock)."
     cfg, ranks = job.cfg, job.ranks
     step, recent, logged = 0, deque(maxlen=20), (0, 0.)
+    job.average = build_average(cfg.average, job.model.named_parameters())
+    plan = QatSchedule(cfg.qat)
     clock.start()
     while True:
         elapsed = ranks.largest(clock.seconds())
         if job.schedule.done(step, elapsed,
                              ranks.largest(step_seconds(clock, recent))):
             break
-        if cfg.qat.enabled and step == cfg.qat.start_step:
-            set_rounding(job.model, True)
         lr = job.schedule.lr(step, elapsed)
+        spent = job.schedule.progress(step, elapsed)
+        rounded, _ = advance_qat(job.model, plan, step, spent, lr)
         momentum = job.schedule.momentum_at(step)
         loss = train_step(job, *job.loader.next_batch(), lr, momentum)
-        clock.pace()
         step += 1
+        if job.average: job.average.update(step, lr)
+        clock.pace()
         recent.append(clock.seconds() - elapsed)
         if step % cfg.train.log_every == 0 or step == 1:
             logged = log_step(job, log, clock, step, loss, lr, momentum,
-                              logged)
+                              rounded, logged)
         if step % cfg.train.heldout_every == 0:
             clock.pause(); log_heldout(job, log, clock, step); clock.start()
     clock.pause()
@@ -351,24 +362,32 @@ def run_facts(job,    # the run, finished
 # %% ../nbs/16_train.ipynb #81c337e4
 def save_checkpoint(folder, # of the checkpoint, made if need be
                     model,  # a `GPT`
-                    facts   # from `run_facts`
+                    facts,  # from `run_facts`
+                    averaged=None # {name: tensor} of an average, if any
                     ):
-    "Write `train.json`, then `model.pt` (float32, on the CPU)."
+    "Write `train.json`, `averaged.pt` and `model.pt` (float32, CPU)."
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     state = {k: p.detach().float().cpu()
              for k, p in model.named_parameters()}
     with atomic_path(folder/'train.json') as tmp:
         tmp.write_text(json.dumps(facts, indent=1))
+    if averaged:
+        averaged = {k: v.cpu() for k, v in averaged.items()}
+        with atomic_path(folder/'averaged.pt') as tmp:
+            torch.save(averaged, tmp)
     with atomic_path(folder/'model.pt') as tmp: torch.save(state, tmp)
 
-def load_checkpoint(folder # of the checkpoint
+# %% ../nbs/16_train.ipynb #e8945aa1
+def load_checkpoint(folder,         # of the checkpoint
+                    averaged=False  # the average instead of the weights
                     ):
     "(state dict, facts) of a finished training."
     folder = Path(folder)
     if not (folder/'model.pt').is_file():
         raise FileNotFoundError(f'no finished training in {folder}')
-    state = torch.load(folder/'model.pt', weights_only=True)
+    name = 'averaged.pt' if averaged else 'model.pt'
+    state = torch.load(folder/name, weights_only=True)
     return state, json.loads((folder/'train.json').read_text())
 
 # %% ../nbs/16_train.ipynb #5484f36e
@@ -402,7 +421,8 @@ def train_run(cfg,   # a `Config`
         steps, seconds = run_steps(job, line_logger(metrics, say),
                                    Clock(ranks.device))
     job.loader.close()
+    averaged = job.average.state() if job.average else None
     if ranks.first:
         save_checkpoint(out/'checkpoint', job.model,
-                        run_facts(job, steps, seconds))
+                        run_facts(job, steps, seconds), averaged)
     say(f'{steps} steps in {seconds:.2f} s', flush=True)

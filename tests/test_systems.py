@@ -1,0 +1,62 @@
+"""Every system of the seeds, shrunk, from training to its sliding score."""
+import json
+import math
+
+import pytest
+from conftest import ROOT, TINY
+
+from golf.cli import describe, main
+from golf.config import load_run_config, parse_yaml
+
+PARAMS = dict(pr137=21_778_504, pr219=29_191_777, pr314=27_878_489,
+              pr469=27_090_066, pr576=33_580_124)
+# all layers stay, since some of them differ; what is wide becomes narrow
+SMALL = parse_yaml(TINY, 'TINY') | dict(limit_bytes=16_000_000)
+
+
+def shrink(name):
+    "Overrides that leave a system its blocks and nothing of its size."
+    full = load_run_config(name)[0]
+    model = dict(dim=48, heads=6, kv_heads=6 * full.model.kv_heads
+                 // full.model.heads or 1, mlp_hidden=64, vocab_size=320)
+    if full.model.kv_heads * 3 == full.model.heads: model['kv_heads'] = 2
+    if full.model.rope_dims: model['rope_dims'] = 4
+    if full.model.bigram_buckets:
+        model |= dict(bigram_buckets=64, bigram_dim=16)
+    if full.model.value_layers: model['value_dim'] = 16
+    train = SMALL['train'] | dict(device='cpu', steps=12, heldout_every=6)
+    return SMALL | dict(model=model, train=train, average=dict(every=2),
+                        optim=dict(momentum_warmup_steps=4))
+
+
+@pytest.mark.parametrize('name', PARAMS)
+def test_has_the_parameters_of_its_log(name):
+    "The exact number, and every file in params/ is one that we know."
+    assert describe(load_run_config(name)[0])['n_params'] == PARAMS[name]
+    files = {p.stem for p in (ROOT/'params').glob('*.yaml')}
+    assert files == {*PARAMS, 'smoke', 'onegpu'}
+
+
+@pytest.mark.parametrize('name', PARAMS)
+def test_trains_packs_and_scores(name, shards, tmp_path, capsys):
+    "Learns, rounds as it should, and comes back from its artifact."
+    out, small = tmp_path/'run', shrink(name)
+    main(['train', name, '--data', str(shards), '--out', str(out),
+          '--overrides', json.dumps(small)])
+    lines = [json.loads(x) for x in
+             (out/'metrics.jsonl').read_text().splitlines()]
+    losses = [m['loss'] for m in lines if m['kind'] == 'train']
+    assert losses[-1] < losses[0] < math.log(320) + .1
+    assert {m['qat'] for m in lines if m['kind'] == 'train'} >= {1}
+    stages = {}
+    for what, source in (('raw', out), ('artifact', out/'model.golf')):
+        main(['score', f'--{what}', str(source), '--data', str(shards),
+              '--device', 'cpu', '--json', str(tmp_path/'s.json')])
+        found = json.loads((tmp_path/'s.json').read_text())['stages']
+        stages |= {s['name']: s['val_bpb'] for s in found}
+    averages = load_run_config(name)[0].average.method != 'none'
+    assert set(stages) == {'raw', 'quantized', 'sliding'} | (
+        {'averaged'} if averages else set())
+    exported = stages['averaged' if averages else 'raw']
+    assert abs(stages['quantized'] - exported) < .2
+    assert stages['sliding'] < stages['quantized'] + .1
