@@ -7,8 +7,8 @@ __all__ = ['RESULT_SHAPE', 'STAGES', 'INK', 'MUTED', 'FAINT', 'BLUE', 'ORANGE', 
            'check_leaf', 'check_shape', 'git_commit', 'quant_gap', 'final_score', 'sum_bytes', 'need_true',
            'check_bytes', 'check_rules', 'check_stages', 'check_result', 'build_result', 'write_result', 'read_metrics',
            'imported_modules', 'code_bytes', 'curve', 'moving_mean', 'late_limits', 'panels', 'corner_label',
-           'draw_loss', 'plot_loss', 'qat_start', 'mark_qat', 'plot_schedule', 'in_bpb', 'mark_gap', 'plot_stages',
-           'stages_table', 'mark_limit', 'list_parts', 'plot_bytes', 'relative_error', 'pool_by_role',
+           'draw_loss', 'plot_loss', 'qat_start', 'mark_qat', 'plot_schedule', 'plot_rounding', 'in_bpb', 'mark_gap',
+           'plot_stages', 'stages_table', 'mark_limit', 'list_parts', 'plot_bytes', 'relative_error', 'pool_by_role',
            'draw_histograms', 'plot_weights']
 
 # %% ../nbs/23_report.ipynb #fefa37bf
@@ -414,6 +414,25 @@ def plot_schedule(lines,   # metrics of a run
         corner_label(low, 0, f'median {np.median(ms):.4g} ms', BLUE,
                      at=(0.99, 0.4))
     if start := qat_start(lines): mark_qat((top, low), start)
+    return fig
+
+# %% ../nbs/23_report.ipynb #abf6ec41
+def plot_rounding(lines,   # metrics of a run
+                  title='' # above the plot
+                  ):
+    "What rounding costs on held-out text; None if it was not measured."
+    steps, rounded = curve(lines, 'heldout', 'quantized_bpb')
+    if not len(steps): return None
+    plain = dict(zip(*curve(lines, 'heldout', 'bpb')))
+    gap = 1000*(rounded - np.array([plain[s] for s in steps]))
+    fig, axes = panels(1, 1, 2.4, title)
+    ax = axes[0, 0]
+    ax.axhline(0, color=MUTED, linewidth=1)
+    ax.plot(steps, gap, 'o-', color=ORANGE, markersize=4)
+    ax.set(xlabel='steps', ylabel='quant gap, mBPB',
+           ylim=(min(0, 1.1*gap.min()) - .2, 1.1*max(gap.max(), 1)))
+    corner_label(ax, 0, f'last {gap[-1]:+.2f} mBPB', ORANGE)
+    if start := qat_start(lines): mark_qat([ax], start)
     return fig
 
 # %% ../nbs/23_report.ipynb #ede04be5
