@@ -68,19 +68,24 @@ def heading_of(cells # descriptions, in order
 def fold_signatures(cells, # of a staged notebook
                     module # file that the chapter exports to
                     ):
-    "Descriptions directly before their source become headings."
-    out, waiting = [], []
-    for cell in cells:
-        if described_name(cell):
-            waiting.append(cell)
-            continue
+    "Descriptions beside their source become one heading before it."
+    out, i = [], 0
+    while i < len(cells):
+        end = i
+        while end < len(cells) and described_name(cells[end]): end += 1
+        group, i = cells[i:end], end + 1
+        if end == len(cells): return out + group
+        cell = cells[end]
         if shows_source(cell):
+            defines = r'(?m)^(?:def|class) {}\b'
+            while i < len(cells) and (name := described_name(cells[i])) and \
+                    re.search(defines.format(name), cell['source']):
+                group, i = [*group, cells[i]], i + 1
+            group = [heading_of(group)] if group else []
             label = cell['source'].replace('Exported source', module)
             cell = cell | dict(source=label)
-            if waiting: waiting = [heading_of(waiting)]
-        out += [*waiting, cell]
-        waiting = []
-    return out + waiting
+        out += [*group, cell]
+    return out
 
 # %% ../nbs/26_docs.ipynb #d029f56e
 def chapter_page(nb,   # staged notebook, a dict
