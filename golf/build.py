@@ -7,11 +7,11 @@ __all__ = ['DOCUMENT_FILES', 'MAX_DOCUMENT_BYTES', 'MAX_WINDOW', 'CHUNK_BYTES', 
            'FINGERPRINT_RULE', 'LOOK_TOKENS', 'CANONICAL_ROW', 'CANONICAL', 'document_files', 'check_distinct',
            'zstd_blocks', 'file_lines', 'Record', 'read_records', 'record_text', 'document_fingerprint',
            'record_chunks', 'worker_tokenizer', 'Encoded', 'fingerprint_records', 'encode_records', 'end_with_parent',
-           'start_worker', 'worker_pool', 'available_cores', 'ordered_results', 'SplitTotals', 'list_copies',
-           'split_ids', 'save_split', 'sample_texts', 'trainer_parts', 'sampled_tokenizer', 'check_pieces',
-           'split_records', 'new_folder', 'build_manifest', 'write_splits', 'close_build', 'build_dataset',
-           'read_fingerprints', 'count_documents', 'first_documents', 'charged_per_token', 'documents_sha256',
-           'CanonicalSplit', 'canonical_verdict', 'split_facts', 'inspect_dataset', 'inspect_text']
+           'start_worker', 'worker_pool', 'ordered_results', 'SplitTotals', 'list_copies', 'split_ids', 'save_split',
+           'sample_texts', 'trainer_parts', 'sampled_tokenizer', 'check_pieces', 'split_records', 'new_folder',
+           'build_manifest', 'write_splits', 'close_build', 'build_dataset', 'read_fingerprints', 'count_documents',
+           'first_documents', 'charged_per_token', 'documents_sha256', 'CanonicalSplit', 'canonical_verdict',
+           'split_facts', 'inspect_dataset', 'inspect_text']
 
 # %% ../nbs/04_build.ipynb #d15eb1c0
 import hashlib
@@ -39,10 +39,11 @@ import numpy as np
 import sentencepiece as spm
 import zstandard
 
-from .data import (BOS, MAX_SHARD_TOKENS, TokenStream, byte_tables,
-                       encode_documents, load_tokenizer, open_dataset,
-                       read_shard, shards_fingerprint, target_bytes,
-                       tokenizer_sha256, train_tokenizer, write_split)
+from .data import (BOS, MAX_SHARD_TOKENS, TokenStream, available_cores,
+                       byte_tables, encode_documents, load_tokenizer,
+                       open_dataset, read_shard, shards_fingerprint,
+                       target_bytes, tokenizer_sha256, train_tokenizer,
+                       write_split)
 
 # %% ../nbs/04_build.ipynb #406681ab
 DOCUMENT_FILES = (".jsonl", ".jsonl.zst", ".txt")
@@ -238,12 +239,6 @@ def worker_pool(workers,  # processes; 1 is none beside this one
     pool = ProcessPoolExecutor(workers, context, start_worker)
     try: yield pool
     finally: pool.shutdown(cancel_futures=True)
-
-# %% ../nbs/04_build.ipynb #e51372a9
-def available_cores() -> int:
-    "The cores that this process may run on."
-    if hasattr(os, "sched_getaffinity"): return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 # %% ../nbs/04_build.ipynb #c555511f
 def ordered_results(pool,      # of `worker_pool`

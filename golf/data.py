@@ -8,7 +8,7 @@ __all__ = ['SHARD_MAGIC', 'SHARD_VERSION', 'HEADER_BYTES', 'MAX_SHARD_TOKENS', '
            'train_tokenizer', 'tokenizer_sha256', 'load_tokenizer', 'encode_documents', 'ByteTables', 'piece_bytes',
            'byte_tables', 'target_bytes', 'shards_fingerprint', 'find_tokenizer', 'whole_documents', 'check_tokenizer',
            'read_manifest', 'find_shards', 'Dataset', 'open_dataset', 'TokenStream', 'heldout_tokens', 'fill_queue',
-           'end_thread', 'ReadAhead', 'span_tokens', 'span_batches', 'Loader', 'val_targets']
+           'end_thread', 'ReadAhead', 'span_tokens', 'span_batches', 'Loader', 'available_cores', 'val_targets']
 
 # %% ../nbs/01_data.ipynb #8d0b1679
 import hashlib
@@ -610,6 +610,12 @@ class Loader:
         "Goes on from a saved position, dropping what was read ahead."
         self.close()
         self.position = int(state["position"])
+
+# %% ../nbs/01_data.ipynb #43d74e98
+def available_cores() -> int:
+    "The cores that this process may run on."
+    if hasattr(os, "sched_getaffinity"): return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 # %% ../nbs/01_data.ipynb #88b0f524
 def val_targets(files,    # paths of the val shards, in order

@@ -9,6 +9,7 @@ __all__ = ['RUN_ROW', 'SOURCE_PAGE', 'BOOK_PARTS', 'KATEX_HOST', 'FONT_IMPORT', 
            'stage_chapters', 'stage_rest', 'render_pages', 'close_site', 'build_docs']
 
 # %% ../nbs/26_docs.ipynb #6bada3b4
+import contextlib
 import html
 import json
 import re
@@ -241,8 +242,9 @@ def stage_chapters(root, # of the project
     "Chapters as pages in `proc`."
     from nbdev.config import get_config
     from nbdev.serve import proc_nbs
-    proc_nbs(n_workers=0, force=True)
-    cfg = get_config()
+    with contextlib.chdir(root):  # nbdev looks for its settings from there
+        proc_nbs(n_workers=0, force=True)
+        cfg = get_config()
     site = f'{cfg.doc_host}{cfg.doc_baseurl}'
     for path in sorted(proc.glob('*.ipynb')):
         name = page_name(path.name)

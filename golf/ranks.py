@@ -19,6 +19,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from .data import available_cores
+
 # %% ../nbs/14_ranks.ipynb #95e1ab89
 def pick_device(want,      # "auto", "cpu" or "cuda"
                 local_rank=0 # which GPU of this machine
@@ -88,9 +90,7 @@ class Ranks:
 def cpu_share(world # processes on this machine
               ):
     "CPU cores for each of them, at least one."
-    cores = (len(os.sched_getaffinity(0))
-             if hasattr(os, 'sched_getaffinity') else os.cpu_count())
-    return max(1, cores // world)
+    return max(1, available_cores() // world)
 
 # %% ../nbs/14_ranks.ipynb #d047da4b
 @contextmanager

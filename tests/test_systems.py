@@ -18,8 +18,7 @@ def shrink(name):
     "Overrides that leave a system its blocks and nothing of its size."
     full = load_run_config(name)[0]
     model = dict(dim=48, heads=6, kv_heads=6 * full.model.kv_heads
-                 // full.model.heads or 1, mlp_hidden=64, vocab_size=320)
-    if full.model.kv_heads * 3 == full.model.heads: model['kv_heads'] = 2
+                 // full.model.heads, mlp_hidden=64, vocab_size=320)
     if full.model.rope_dims: model['rope_dims'] = 4
     if full.model.bigram_buckets:
         model |= dict(bigram_buckets=64, bigram_dim=16)
