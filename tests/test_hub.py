@@ -297,7 +297,7 @@ def test_a_cut_connection_goes_on(hub, get, files):
 
 def test_a_reset_connection_goes_on(hub, get, files):
     "What was under way is lost with it, what had arrived is not."
-    hub.faults[BIG] = [('reset', CUT)] * 2
+    hub.faults[BIG] = [('reset', CUT), ('reset', 100)]  # never the whole
     folder = get(1)
     assert (folder/'fineweb_train_000000.bin').read_bytes() == files[BIG]
     asked = [asked for asked, _ in requests(hub, BIG)]
