@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['SCALARS', 'CHOICES', 'FLAGSHIP', 'SMOKE', 'ConfigError', 'DataConfig', 'ModelConfig', 'OptimConfig', 'TrainConfig',
-           'AverageConfig', 'QatConfig', 'QuantConfig', 'ScoreConfig', 'Config', 'parse_yaml', 'merge', 'build_config',
-           'project_root', 'find_params', 'resolve_auto', 'load_run_config', 'config_text', 'read_config']
+           'AverageConfig', 'QatConfig', 'QuantConfig', 'GptqConfig', 'FitConfig', 'ScoreConfig', 'TttConfig', 'Config',
+           'parse_yaml', 'merge', 'build_config', 'project_root', 'find_params', 'resolve_auto', 'load_run_config',
+           'config_text', 'read_config']
 
 # %% ../nbs/00_config.ipynb #e5248cb2
 import difflib, json, re
@@ -240,6 +241,32 @@ class QuantConfig:
         _need(1 <= self.zstd_level <= 22, f'quant.zstd_level: '
               f'{self.zstd_level} is outside 1..22')
 
+# %% ../nbs/00_config.ipynb #abd88880
+@dataclass(frozen=True)
+class GptqConfig:
+    "Rounding with compensation, and what it needs from the text."
+    __pydantic_config__ = dict(extra='forbid')
+    enabled: bool = False
+    tokens: int = 524_288            # of training text, for the Hessians
+    damp: float = 0.01               # added to the diagonal, times its mean
+    block: int = 128                 # columns between two large updates
+
+    def __post_init__(self):
+        _need_positive('gptq', self, 'tokens', 'damp', 'block')
+
+# %% ../nbs/00_config.ipynb #c81a50c1
+@dataclass(frozen=True)
+class FitConfig:
+    "How an artifact is made to fit `limit_bytes`."
+    __pydantic_config__ = dict(extra='forbid')
+    enabled: bool = False
+    knob: Literal['prune', 'bits'] = 'prune'
+    role: str = 'mlp.down'           # bits: the role that loses one
+    margin: int = 30_000             # bytes left free when the step is set
+
+    def __post_init__(self):
+        _need(self.margin >= 0, f'fit.margin: {self.margin} is negative')
+
 # %% ../nbs/00_config.ipynb #5c1f327b
 @dataclass(frozen=True)
 class ScoreConfig:
@@ -251,12 +278,47 @@ class ScoreConfig:
     threads: int = 2                 # CPU threads a process
     compile: Literal['auto', 'on', 'off'] = 'auto'  # auto = on a GPU
     tail: Literal['drop', 'all'] = 'drop'  # targets that fill no row
+    temperature: float | Literal['heldout'] = 1.0  # of sliding and ttt
+    deterministic: bool = False      # the same bits at every run, on a GPU
 
     def __post_init__(self):
         _need_positive('score', self, 'seq_len', 'stride', 'batch',
                        'threads')
+        _need(self.temperature == 'heldout' or self.temperature > 0,
+              f'score.temperature: {self.temperature} is not positive')
         _need(self.stride <= self.seq_len, f'score.stride: {self.stride} '
               f'is longer than score.seq_len = {self.seq_len}')
+
+# %% ../nbs/00_config.ipynb #d58eb023
+@dataclass(frozen=True)
+class TttConfig:
+    "Training on text that has already been scored."
+    __pydantic_config__ = dict(extra='forbid')
+    enabled: bool = False
+    chunk_tokens: int = 131_072      # scored, then trained on
+    epochs: int = 3                  # over each chunk
+    batch: int = 32                  # rows of `score.seq_len` a step
+    optimizer: Literal['adamw', 'sgd'] = 'adamw'
+    lr: float = 1e-4                 # falls along a cosine over the chunks
+    momentum: float = 0.9            # sgd
+    beta1: float = 0.9               # adamw
+    beta2: float = 0.999
+    weight_decay: float = 0.0
+    blocks: int = 2                  # last blocks whose matrices learn
+    small: bool = True               # scales and gates of all blocks too
+    embedding: bool = False          # and the embedding
+    grad_clip: float = 1.0           # global norm
+
+    def __post_init__(self):
+        _need_positive('ttt', self, 'chunk_tokens', 'epochs', 'batch', 'lr',
+                       'grad_clip')
+        for key in ('momentum', 'beta1', 'beta2'):
+            x = getattr(self, key)
+            _need(0 <= x < 1, f'ttt.{key}: {x} is outside 0..1, or is 1')
+        _need(self.weight_decay >= 0 and self.blocks >= 0,
+              'ttt.weight_decay, ttt.blocks: negative')
+        _need(self.blocks or self.small or self.embedding,
+              'ttt: nothing learns; set blocks, small or embedding')
 
 # %% ../nbs/00_config.ipynb #17c9e47d
 @dataclass(frozen=True, kw_only=True)
@@ -273,7 +335,10 @@ class Config:
     qat: QatConfig = field(default_factory=QatConfig)
     average: AverageConfig = field(default_factory=AverageConfig)
     quant: QuantConfig = field(default_factory=QuantConfig)
+    gptq: GptqConfig = field(default_factory=GptqConfig)
+    fit: FitConfig = field(default_factory=FitConfig)
     score: ScoreConfig = field(default_factory=ScoreConfig)
+    ttt: TttConfig = field(default_factory=TttConfig)
 
     def __post_init__(self):
         t, row = self.train, self.data.spans * self.train.seq_len
@@ -287,6 +352,10 @@ class Config:
               f'learning rate ends at train.min_lr = {t.min_lr}')
         _need(not self.qat.enabled or self.quant.formats,
               'qat.enabled: quant.formats is empty, so there is no grid')
+        _need(not self.ttt.enabled
+              or self.ttt.chunk_tokens % self.score.seq_len == 0,
+              f'ttt.chunk_tokens: {self.ttt.chunk_tokens} is not a multiple '
+              f'of score.seq_len = {self.score.seq_len}')
 
 # %% ../nbs/00_config.ipynb #7552caba
 SCALARS = {'bool': 'true|false', 'int': r'[-+]?(0|[1-9][\d_]*)',

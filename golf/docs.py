@@ -149,14 +149,16 @@ def table_row(name,  # <config>-s<seed>
         result['bytes']['total'])
 
 # %% ../nbs/26_docs.ipynb #1c8d9b78
-def runs_table(root # of the project
+def runs_table(root,     # of the project
+               system='' # only its runs: "pr137" has "pr137+onegpu-s1337"
                ):
-    "All kept runs with their measured figures, as Markdown."
+    "Kept runs with their measured figures, as Markdown."
     head = ('run', 'hardware', 'steps', 'M tokens/s', 'float BPB',
             'quantised', 'gap', 'final BPB', 'bytes')
     rows = [table_row(p.parent.name, json.loads(p.read_text()))
-            for p in sorted(Path(root).glob('runs/*/result.json'))
+            for p in sorted(Path(root).glob(f'runs/{system}*/result.json'))
             if Path(root, f'runs/{p.parent.name}.ipynb').is_file()]
+    if not rows: return '*No run of it is kept here yet.*'
     return '\n'.join([f'| {" | ".join(head)} |', '|:--' * 2 + '|--:' * 7
                       + '|', *rows])
 
@@ -182,8 +184,9 @@ def source_page(text, # of a module
                        code=highlight(text, PythonLexer(), look))
 
 # %% ../nbs/26_docs.ipynb #73e75ced
-BOOK_PARTS = {0: 'Text', 5: 'Network', 9: 'Training', 17: 'Artifact',
-         21: 'Score and report', 24: 'Running it', 90: 'What was learnt'}
+BOOK_PARTS = {0: 'Text', 5: 'Network', 9: 'Optimisation', 13: 'Training',
+              19: 'Artifact', 21: 'Score and report', 24: 'Running it',
+              80: 'Systems', 90: 'What was learnt'}
 
 def table_of_contents(notebooks, # file names in nbs/
                       runs       # names of the kept runs

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['CLIPS', 'FORMATS', 'GRID', 'ROLES', 'qmax', 'round_to_fp16', 'row_scale', 'row_inverse', 'grid_codes',
            'quantize_rows', 'dequantize_rows', 'best_clip', 'clip_ratio', 'fake_quant', 'soft_round', 'soft_quant',
-           'format_grid', 'format_bits', 'stored_format', 'format_of', 'check_formats', 'role_of', 'Linear']
+           'gaussian_reach', 'format_grid', 'format_bits', 'stored_format', 'format_of', 'check_formats', 'role_of',
+           'Linear']
 
 # %% ../nbs/05_grid.ipynb #04a4796c
 import re
@@ -146,7 +147,12 @@ def soft_quant(w:torch.Tensor, # master weights [rows, cols], float32
 # %% ../nbs/05_grid.ipynb #a214c492
 FORMATS = ("float32", "fp16", "int8", "int7", "int6", "int5", "int4")
 GRID = re.compile(r"int([4-8])(?: (mse)| (q)(0\.[5-9]\d*)"
-                  r"| (sd)([1-9]\d*(?:\.\d+)?))?")
+                  r"| (sd)([1-9]\d*(?:\.\d+)?| auto))?")
+
+def gaussian_reach(bits:int # width of a code
+                   ) -> float: # in standard deviations
+    "Where the grid of a Gaussian row ends at about the least error."
+    return 1.2 + 0.37 * bits
 
 def format_grid(fmt:str # a name in FORMATS, a scale rule may follow
                 ) -> tuple: # (bits, rule, number) as `clip_ratio` wants
@@ -156,10 +162,11 @@ def format_grid(fmt:str # a name in FORMATS, a scale rule may follow
     if match is None:
         raise ValueError(f"unknown format {fmt!r}; known: "
             f"{', '.join(FORMATS)}; int formats also with a scale rule, "
-            "as 'int5 q0.9995', 'int5 sd3.0' or 'int5 mse'")
-    bits, *rule = [part for part in match.groups() if part]
-    return (int(bits), rule[0] if rule else "max",
-            float(rule[1]) if len(rule) > 1 else 0.0)
+            "as 'int5 q0.9995', 'int5 sd3.0', 'int5 sd auto', 'int5 mse'")
+    bits, rule = int(match[1]), match[2] or match[3] or match[5] or "max"
+    number = match[4] or match[6] or "0"
+    return bits, rule, (gaussian_reach(bits) if number == " auto"
+                        else float(number))
 
 # %% ../nbs/05_grid.ipynb #d202c043
 def format_bits(fmt:str # as in `format_grid`

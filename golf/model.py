@@ -17,7 +17,8 @@ from torch import nn
 from .attention import Rotary, ntk_base, rms
 from .blocks import (BigramHash, Block, SmearGate, ValueEmbedding,
                          skip_pairs)
-from .grid import format_bits, format_grid, format_of, qmax, role_of
+from .grid import (format_bits, format_grid, format_of,
+                       gaussian_reach, qmax, role_of)
 
 # %% ../nbs/08_model.ipynb #2b23d084
 class TiedEmbedding(nn.Module):
@@ -32,6 +33,8 @@ class TiedEmbedding(nn.Module):
         self.bigram = BigramHash(cfg.bigram_buckets, cfg.bigram_dim, cfg.dim
                                  ) if cfg.bigram_buckets else None
         self.smear = SmearGate(cfg.dim) if cfg.smear else None
+        self.register_buffer('temperature', torch.tensor(1.),
+                             persistent=False)
 
     def embed(self,
               ids # [B, T]
@@ -44,9 +47,9 @@ class TiedEmbedding(nn.Module):
     def logits(self,
                h # [..., d] from `GPT.hidden`
                ):
-        "[..., V]: capped logits, float32."
+        "[..., V]: capped logits over the temperature, float32."
         z = F.linear(h, self.tok_emb.weight.to(h.dtype)).float()
-        return self.softcap * torch.tanh(z / self.softcap)
+        return self.softcap * torch.tanh(z / self.softcap) / self.temperature
 
 # %% ../nbs/08_model.ipynb #d9981f72
 class GPT(TiedEmbedding):
@@ -137,7 +140,7 @@ def grid_reach(fmt, # a format of integers
     largest = math.sqrt(2*math.log(n))
     if rule == 'sd': return number
     if rule == 'q': return NormalDist().inv_cdf((1 + number)/2)
-    return min(largest, 1.2 + .37*bits) if rule == 'mse' else largest
+    return min(largest, gaussian_reach(bits)) if rule == 'mse' else largest
 
 # %% ../nbs/08_model.ipynb #3f2b2665
 def expected_bytes(shape, # of a parameter

@@ -104,10 +104,12 @@ def advance_qat(model,    # a `GPT` that has its grids
                 plan,     # its `QatSchedule`
                 step,     # steps done
                 fraction, # of the budget that is spent
-                lr        # multiplier of the learning rates
+                lr,       # multiplier of the learning rates
+                begin=None # called once, just before rounding begins
                 ):
     "Round, sharpen and refresh as planned; (on, alpha)."
     on, alpha, fresh = plan.update(step, fraction, lr)
+    if fresh and begin: begin()
     if fresh or on and plan.qat.rounding == 'soft':
         apply_qat(model, on, alpha)
     if fresh or on and step % plan.qat.refresh_every == 0:

@@ -7,6 +7,7 @@ __all__ = ['PEAK_FLOPS', 'pick_device', 'stream_dtype', 'Ranks', 'cpu_share', 's
            'utilisation']
 
 # %% ../nbs/14_ranks.ipynb #ca11b2c6
+import gc
 import json
 import os
 import platform
@@ -110,7 +111,9 @@ def start_ranks(want,     # "auto", "cpu" or "cuda"
                                 device.type == 'cuda' else 'gloo')
     try: yield Ranks(rank, world, device)
     finally:
-        if dist.is_initialized(): dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+            gc.collect()  # what still holds the group aborts gloo at exit
 
 # %% ../nbs/14_ranks.ipynb #66a48bb6
 @contextmanager

@@ -7,8 +7,9 @@ __all__ = ['RESULT_SHAPE', 'STAGES', 'INK', 'MUTED', 'FAINT', 'BLUE', 'ORANGE', 
            'check_leaf', 'check_shape', 'git_commit', 'quant_gap', 'final_score', 'sum_bytes', 'need_true',
            'check_bytes', 'check_rules', 'check_stages', 'check_result', 'build_result', 'write_result', 'read_metrics',
            'imported_modules', 'code_bytes', 'curve', 'moving_mean', 'late_limits', 'panels', 'corner_label',
-           'draw_loss', 'plot_loss', 'qat_start', 'mark_qat', 'plot_schedule', 'plot_rounding', 'in_bpb', 'mark_gap',
-           'plot_stages', 'stages_table', 'mark_limit', 'list_parts', 'plot_bytes', 'relative_error', 'pool_by_role',
+           'draw_loss', 'plot_loss', 'qat_start', 'mark_qat', 'plot_schedule', 'plot_rounding', 'draw_places',
+           'plot_places', 'plot_bits', 'plot_along', 'plot_temperature', 'in_bpb', 'mark_gap', 'plot_stages',
+           'stages_table', 'mark_limit', 'list_parts', 'plot_bytes', 'relative_error', 'pool_by_role',
            'draw_histograms', 'plot_weights']
 
 # %% ../nbs/23_report.ipynb #fefa37bf
@@ -206,7 +207,8 @@ def build_result(config_name, # "pr137+onegpu"
         n_params=train_info['n_params'], commit=git_commit(),
         hardware=dict(train_info['hardware']), data=dict(data_info),
         train={k: train_info[k] for k in keys if k in train_info},
-        stages=[dict(s) for s in stages],
+        stages=[{k: s[k] for k in RESULT_SHAPE['stages'][0]}
+                for s in stages],
         **({} if gap is None else dict(quant_gap_bpb=gap)),
         bytes=sum_bytes(by_role, code_bytes, limit),
         final=final_score(stages))
@@ -433,6 +435,108 @@ def plot_rounding(lines,   # metrics of a run
            ylim=(min(0, 1.1*gap.min()) - .2, 1.1*max(gap.max(), 1)))
     corner_label(ax, 0, f'last {gap[-1]:+.2f} mBPB', ORANGE)
     if start := qat_start(lines): mark_qat([ax], start)
+    return fig
+
+# %% ../nbs/23_report.ipynb #bd4ea24b
+def draw_places(ax,    # a panel
+                cells, # [roles, places], NaN where nothing is
+                roles, # names of the rows
+                places # names of the columns
+                ):
+    "A number and a colour for each place, in mBPB; red costs, blue gains."
+    most = max(np.nanmax(np.abs(cells)), 0.1)
+    ax.imshow(cells, 'RdBu_r', aspect='auto', vmin=-most, vmax=most)
+    for i, j in np.argwhere(np.isfinite(cells)):
+        deep = abs(cells[i, j]) > 0.6*most
+        ax.text(j, i, f'{cells[i, j]:.1f}', ha='center', va='center',
+                fontsize=9, color='white' if deep else INK)
+    ax.set_xticks(range(len(places)), places)
+    ax.set_yticks(range(len(roles)), roles)
+    ax.grid(False)
+    ax.spines[:].set_visible(False)
+
+# %% ../nbs/23_report.ipynb #9f9811e7
+def plot_places(costs,   # role -> {layer: BPB}, see `gap_by_place`
+                whole,   # BPB that rounding everything costs
+                title='' # above the plot
+                ):
+    "What rounding each role of each layer costs on held-out text."
+    layers = sorted({k for row in costs.values() for k in row
+                     if k is not None})
+    keys = layers + [None]*any(None in row for row in costs.values())
+    cells = 1000*np.array([[row.get(k, np.nan) for k in keys]
+                           for row in costs.values()])
+    fig, axes = panels(1, 1, 1.3 + 0.3*len(costs), title)
+    places = ['rest' if k is None else k for k in keys]
+    draw_places(axes[0, 0], cells, list(costs), places)
+    axes[0, 0].set_xlabel(
+        f'layer · mBPB, sum {np.nansum(cells):+.1f}, '
+        f'all rounded together {1000*whole:+.1f}')
+    return fig
+
+# %% ../nbs/23_report.ipynb #6cdd97dd
+def plot_bits(rows,    # (method, bits, bytes, BPB), see `bits_curve`
+              plain,   # BPB of the float weights
+              title='' # above the plot
+              ):
+    "BPB against model bytes, a line a method and a point a width."
+    fig, axes = panels(1, 1, 2.8, title)
+    ax = axes[0, 0]
+    ax.axhline(plain, color=MUTED, linestyle='--', linewidth=1)
+    methods = list(dict.fromkeys(r[0] for r in rows))
+    for i, (method, color) in enumerate(zip(methods, HUES)):
+        mine = [r for r in rows if r[0] == method]
+        x, y = [r[2]/1e6 for r in mine], [r[3] for r in mine]
+        ax.plot(x, y, 'o-', color=color, markersize=4)
+        corner_label(ax, i, method, color)
+        for r, a, b in zip(mine, x, y):
+            if i == 0: ax.annotate(f'int{r[1]}', (a, b), (7, 0), fontsize=9,
+                                   textcoords='offset points', color=MUTED)
+    ax.set(xlabel='model, MB', ylabel='held-out BPB')
+    return fig
+
+# %% ../nbs/23_report.ipynb #c4db338b
+def plot_along(stages, # from the scorer, with what each part cost
+               data,   # the `data` section, from the scorer
+               title=''# above the plot
+               ):
+    "Gain of TTT over the sliding score, chunk by chunk; None without it."
+    found = {s['name']: s for s in stages}
+    if 'ttt' not in found: return None
+    chunks = found['ttt']['chunks']
+    ends = np.cumsum([c['targets'] for c in chunks])
+    spent = np.cumsum([c['nats'] for c in chunks])
+    gain = np.interp(ends, *np.transpose([[0, 0],
+                     *found['sliding']['along']])) - spent
+    to_bpb = 1000/math.log(2) * data['val_tokens']/data['val_bytes']
+    each = np.diff(gain, prepend=0) / np.diff(ends, prepend=0) * to_bpb
+    fig, axes = panels(1, 1, 2.6, title)
+    ax = axes[0, 0]
+    ax.axhline(0, color=MUTED, linewidth=1)
+    starts = ends - np.diff(ends, prepend=0)
+    ax.bar(starts/1000, each, np.diff(ends, prepend=0)/1000, align='edge',
+           color=BLUE, alpha=.35, edgecolor='white')
+    ax.plot(ends/1000, gain/ends*to_bpb, 'o-', color=ORANGE, markersize=4)
+    corner_label(ax, 0, 'each chunk', BLUE, (.3, .97))
+    corner_label(ax, 1, 'so far', ORANGE, (.3, .97))
+    ax.set(xlabel='thousands of targets', ylabel='gain, mBPB')
+    return fig
+
+# %% ../nbs/23_report.ipynb #e892315e
+def plot_temperature(temperatures, # that were tried
+                     losses,       # of held-out text, nats a token
+                     used,         # the one that the text is scored with
+                     title=''      # above the plot
+                     ):
+    "What each temperature costs over the best one."
+    fig, axes = panels(1, 1, 2.4, title)
+    ax = axes[0, 0]
+    cost = 1000*(np.asarray(losses) - min(losses))
+    ax.plot(temperatures, cost, 'o-', color=BLUE, markersize=4)
+    ax.axvline(used, color=ORANGE, linewidth=1.5)
+    corner_label(ax, 0, f'scored at {used:.3f}', ORANGE)
+    ax.set(xlabel='temperature', ylabel='loss over the best, mnat',
+           ylim=(-.05*cost.max(), 1.35*cost.max()))
     return fig
 
 # %% ../nbs/23_report.ipynb #ede04be5

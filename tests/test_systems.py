@@ -1,4 +1,4 @@
-"""Every system of the seeds, shrunk, from training to its sliding score."""
+"""Every system of the seeds, shrunk, from training to its last score."""
 import json
 import math
 
@@ -24,8 +24,10 @@ def shrink(name):
         model |= dict(bigram_buckets=64, bigram_dim=16)
     if full.model.value_layers: model['value_dim'] = 16
     train = SMALL['train'] | dict(device='cpu', steps=12, heldout_every=6)
-    return SMALL | dict(model=model, train=train, average=dict(every=2),
-                        optim=dict(momentum_warmup_steps=4))
+    return SMALL | dict(
+        model=model, train=train, average=dict(every=2),
+        optim=dict(momentum_warmup_steps=4), gptq=dict(tokens=2048),
+        ttt=dict(chunk_tokens=512, batch=4))
 
 
 @pytest.mark.parametrize('name', PARAMS)
@@ -53,9 +55,11 @@ def test_trains_packs_and_scores(name, shards, tmp_path, capsys):
               '--device', 'cpu', '--json', str(tmp_path/'s.json')])
         found = json.loads((tmp_path/'s.json').read_text())['stages']
         stages |= {s['name']: s['val_bpb'] for s in found}
-    averages = load_run_config(name)[0].average.method != 'none'
-    assert set(stages) == {'raw', 'quantized', 'sliding'} | (
-        {'averaged'} if averages else set())
+    cfg = load_run_config(name)[0]
+    averages = cfg.average.method != 'none'
+    assert set(stages) == {'raw', 'quantized', 'sliding'} | {
+        *['averaged'] * averages, *['ttt'] * cfg.ttt.enabled}
+    assert cfg.gptq.enabled == (out/'checkpoint/hessians.pt').is_file()
     exported = stages['averaged' if averages else 'raw']
     assert abs(stages['quantized'] - exported) < .2
     assert stages['sliding'] < stages['quantized'] + .1
