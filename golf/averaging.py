@@ -31,7 +31,7 @@ class WeightAverage:
 
     def state(self):
         "{name: mean}, a copy in the order of the parameters."
-        if not self.count: raise RuntimeError(self.nothing())
+        if not self.count: raise ValueError(self.nothing())
         return {k: a.clone() for k, a in zip(self.params, self.mean)}
 
     def nothing(self):

@@ -555,9 +555,8 @@ def mark_gap(ax,  # panel of `plot_stages`
     x, level = i + 0.12, y[i] - gap
     ax.plot([i - 1, x + 0.04], [level]*2, ':', color=RED, linewidth=1.2)
     ax.plot([x, x], [level, y[i]], color=RED, linewidth=2)
-    ax.annotate(f'quant gap\n{in_bpb(gap)}', (x, level + gap/2), (6, 0),
-                textcoords='offset points', color=RED, va='center',
-                bbox=dict(facecolor='white', linewidth=0, pad=1))
+    ax.annotate(f'quant gap {in_bpb(gap)}', (x, max(level, y[i])), (0, 24),
+                textcoords='offset points', color=RED, ha='center')
 
 # %% ../nbs/23_report.ipynb #111c01d0
 def plot_stages(result,  # see `build_result`
@@ -577,7 +576,7 @@ def plot_stages(result,  # see `build_result`
         mark_gap(ax, names.index('quantized'), y, result['quant_gap_bpb'])
     ax.set_xticks(range(len(y)), names)
     ax.set_xlim(-0.4, len(y) - 0.5)
-    ax.margins(y=0.3)
+    ax.margins(y=0.35)
     ax.set_ylabel('BPB (lower is better)')
     return fig
 
@@ -692,7 +691,8 @@ def plot_weights(pairs,   # role -> (weights, dequantised), any shapes
     "Histograms of weights and of relative quantisation errors by role."
     fig, axes = panels(len(pairs), 2, 0.7 + 1.15*len(pairs), title)
     relative = {role: relative_error(*pair) for role, pair in pairs.items()}
-    limit = max(np.abs(e).max() for _, e in relative.values()) or 1.0
+    limit = max(np.quantile(np.abs(e), .9995)
+                for _, e in relative.values()) or 1.0
     for (role, (w, e)), (left, right) in zip(relative.items(), axes):
         draw_histograms(left, right, w, e, limit)
         left.set(ylabel=role)

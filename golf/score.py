@@ -25,7 +25,7 @@ from .fit import predicted_bytes
 from .model import GPT
 from .quantize import dequantize_state
 from .ranks import Ranks, stream_dtype
-from .windows import (batch_sums, batch_targets, plan_windows,
+from .windows import (plan_windows, row_sums, row_targets,
                           sum_losses)
 
 # %% ../nbs/21_score.ipynb #d810dbf0
@@ -78,14 +78,15 @@ def deterministic(on # False: leave everything as it is
     finally: torch.use_deterministic_algorithms(before)
 
 # %% ../nbs/21_score.ipynb #8c9a6bb5
-def running(counts, # targets of each part of the text
-            nats,   # of each part
-            most=200# points
+def running(counts, # targets of each row
+            nats,   # of each row
+            every=16_384 # targets between two points
             ):
     "[[targets, nats] from the beginning to here, ...], for plots."
-    ends = np.stack([np.cumsum(counts), np.cumsum(nats)], 1)
-    at = np.linspace(0, len(ends) - 1, min(most, len(ends))).round()
-    return [[int(n), float(x)] for n, x in ends[at.astype(int)]]
+    ends = np.cumsum(counts)
+    last = np.append(np.diff((ends - counts) // every) > 0, True)
+    return [[int(n), float(x)] for n, x in
+            zip(ends[last], np.cumsum(nats)[last])]
 
 # %% ../nbs/21_score.ipynb #66506fe5
 def score_stage(name,    # "raw", "averaged", "quantized" or "sliding"
@@ -102,12 +103,12 @@ def score_stage(name,    # "raw", "averaged", "quantized" or "sliding"
               if name == 'sliding' else f'plain rows of {L} tokens')
     forward.temperature.fill_(T)
     plan = plan_windows(text.targets, L, stride)
-    sums = batch_sums(forward, text.tokens, plan, score.batch, ranks)
+    sums = row_sums(forward, text.tokens, plan, score.batch, ranks)
     nats = math.fsum(sums)
     if T != 1: method += f', temperature {T:.6g}'
     return dict(name=name, val_loss=nats/text.targets, val_bpb=text.bpb(nats),
                 seconds=time.perf_counter() - began, method=method,
-                along=running(batch_targets(plan, score.batch), sums))
+                along=running(row_targets(plan), sums))
 
 # %% ../nbs/21_score.ipynb #a68d3776
 def artifact_model(path,  # model.golf

@@ -6,7 +6,7 @@
 __all__ = ['Clock', 'step_seconds', 'compile_choice', 'check_run', 'micro_rows', 'schedule_of', 'model_and_forward', 'Job',
            'set_up', 'accumulate', 'train_step', 'heldout_batch', 'heldout_loss', 'random_batch', 'warm_up',
            'no_recompiles', 'log_step', 'log_heldout', 'fix_grids', 'run_steps', 'exported_weights', 'calibration_rows',
-           'calibrate', 'dry_run', 'calibrate_on_clock', 'run_facts', 'save_checkpoint', 'load_checkpoint',
+           'asks_for', 'calibrate', 'dry_run', 'calibrate_on_clock', 'run_facts', 'save_checkpoint', 'load_checkpoint',
            'load_hessians', 'line_logger', 'train_run']
 
 # %% ../nbs/18_train.ipynb #d62c70d6
@@ -394,14 +394,21 @@ def calibration_rows(job # the run
     return rows, job.heldout[starts[:, None] + np.arange(L + 1)]
 
 # %% ../nbs/18_train.ipynb #01e1b5c8
+def asks_for(cfg # a `Config`
+             ):
+    "Is anything to be measured on training text after the last step?"
+    return cfg.gptq.enabled or cfg.score.temperature == 'heldout'
+
 def calibrate(job,  # the run, trained
               rows, # from `calibration_rows`
               held
               ):
     "What the config asks for of `hessians` and `temperature`."
     cfg, model, ranks, found = job.cfg, job.model, job.ranks, {}
+    if not asks_for(cfg): return found
     batch = heldout_batch(cfg.train, ranks)
-    with exported_weights(model, job.average, cfg.qat.enabled):
+    rounded = cfg.qat.enabled and not cfg.gptq.enabled
+    with exported_weights(model, job.average, rounded):
         if cfg.gptq.enabled:
             found['hessians'] = collect_hessians(model, rows, ranks, batch)
         if cfg.score.temperature == 'heldout':
@@ -413,8 +420,8 @@ def dry_run(job # the run, warmed up
             ):
     "Seconds to keep free for `calibrate`, 0 if nothing is asked for."
     cfg, began = job.cfg, time.perf_counter()
+    if not asks_for(cfg): return 0.
     fit = cfg.score.temperature == 'heldout'
-    if not (fit or cfg.gptq.enabled): return 0.
     draw = np.random.default_rng(cfg.seed)
     rows, held = (draw.integers(0, cfg.model.vocab_size, part.shape)
                   for part in calibration_rows(job))
@@ -547,8 +554,13 @@ def train_run(cfg,   # a `Config`
     with open(path, 'w') as metrics, no_recompiles():
         steps, seconds = run_steps(job, line_logger(metrics, say), clock)
     job.loader.close()
-    found, spent = calibrate_on_clock(job, clock, say)
-    averaged = job.average.state() if job.average else None
+    try:
+        averaged = job.average.state() if job.average else None
+        found, spent = calibrate_on_clock(job, clock, say)
+    except (RuntimeError, ValueError):  # the steps have been taken
+        if ranks.first: save_checkpoint(out/'checkpoint', job.model,
+                                        run_facts(job, steps, seconds))
+        raise
     temperature = found.get('temperature', cfg.score.temperature)
     facts = run_facts(job, steps, seconds, spent,
                       1. if temperature == 'heldout' else temperature)

@@ -91,3 +91,14 @@ def test_first_page_shows_the_kept_runs():
     shown = [''.join(o['data'].get('text/markdown', '')) for c in cells
              for o in c.get('outputs', [])]
     assert runs_table(ROOT) in shown, 'run nbs/index.ipynb again'
+
+
+@pytest.mark.parametrize('page', sorted(
+    p.stem for p in (ROOT/'nbs').glob('8*_pr*.ipynb')))
+def test_a_system_shows_its_runs(page):
+    "The table on its page is that of the runs that are kept now."
+    cells = json.loads((ROOT/f'nbs/{page}.ipynb').read_text())['cells']
+    shown = [''.join(o.get('data', {}).get('text/markdown', ''))
+             for c in cells for o in c.get('outputs', [])]
+    assert runs_table(ROOT, page[3:]) in shown, f'run nbs/{page}.ipynb again'
+    assert (ROOT/f'params/{page[3:]}.yaml').is_file()

@@ -102,6 +102,17 @@ def test_impossible_config(shards, tmp_path, change, words):
     assert all(w in said for w in words), said
 
 
+def test_an_average_of_nothing(shards, tmp_path):
+    "One line again; but the steps were taken, and their weights are kept."
+    over = TINY[:-1] + ', average: {method: swa, every: 999}}'
+    done = golf('train', 'smoke', '--data', shards, '--overrides', over,
+                '--out', tmp_path/'run', check=False)
+    assert done.returncode == 1 and 'no snapshot' in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    kept = tmp_path/'run.failed/checkpoint'
+    assert (kept/'model.pt').is_file() and not (tmp_path/'run').exists()
+
+
 def test_unknown_config(tmp_path):
     said = refused(tmp_path, 'describe', 'pr138')
     assert 'pr138' in said and 'did you mean pr137' in said

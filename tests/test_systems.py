@@ -5,7 +5,7 @@ import math
 import pytest
 from conftest import ROOT, TINY
 
-from golf.cli import describe, main
+from golf.cli import counted_code, describe, main
 from golf.config import load_run_config, parse_yaml
 
 PARAMS = dict(pr137=21_778_504, pr219=29_191_777, pr314=27_878_489,
@@ -63,3 +63,24 @@ def test_trains_packs_and_scores(name, shards, tmp_path, capsys):
     exported = stages['averaged' if averages else 'raw']
     assert abs(stages['quantized'] - exported) < .2
     assert stages['sliding'] < stages['quantized'] + .1
+
+
+def test_is_made_to_fit(shards, tmp_path):
+    "A limit that its weights exceed by far: the grid gives way, once."
+    out = tmp_path/'run'
+    small = shrink('pr576') | dict(limit_bytes=counted_code() + 100_000,
+                                   fit=dict(margin=0))
+    main(['train', 'pr576', '--data', str(shards), '--out', str(out),
+          '--overrides', json.dumps(small)])
+    facts = json.loads((out/'checkpoint/train.json').read_text())
+    assert 'auto' not in str(facts['formats'])
+    assert 90_000 < (out/'model.golf').stat().st_size <= 100_000
+
+
+def test_says_how_much_is_too_much(shards, tmp_path, capsys):
+    "No grid is wide enough: an error before the first step, no folder."
+    small = shrink('pr576') | dict(limit_bytes=counted_code() + 1000)
+    with pytest.raises(SystemExit, match='over the'):
+        main(['train', 'pr576', '--data', str(shards), '--out',
+              str(tmp_path/'run'), '--overrides', json.dumps(small)])
+    assert not (tmp_path/'run').exists()
