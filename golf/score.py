@@ -65,7 +65,8 @@ def compiled_forward(model, # a `GPT`
     "The model as the scorer calls it."
     on = score.compile == 'on' or (score.compile == 'auto'
                                    and device.type == 'cuda')
-    return torch.compile(model, fullgraph=True) if on else model
+    return (torch.compile(model, fullgraph=True, dynamic=False) if on
+            else model)
 
 # %% ../nbs/21_score.ipynb #aec2259f
 @contextmanager

@@ -3,7 +3,7 @@ import json
 import math
 
 import pytest
-from conftest import ROOT, TINY
+from conftest import ROOT, TINY, golf
 
 from golf.cli import counted_code, describe, main
 from golf.config import load_run_config, parse_yaml
@@ -84,3 +84,28 @@ def test_says_how_much_is_too_much(shards, tmp_path, capsys):
         main(['train', 'pr576', '--data', str(shards), '--out',
               str(tmp_path/'run'), '--overrides', json.dumps(small)])
     assert not (tmp_path/'run').exists()
+
+
+def test_two_ranks_do_all_of_it(shards, tmp_path):
+    "#576 on two processes: the losses, the grid and the scores of one."
+    small = shrink('pr576') | dict(limit_bytes=counted_code() + 100_000,
+                                   fit=dict(margin=0))
+    runs = []
+    for nproc in (1, 2):
+        out = tmp_path/f'run{nproc}'
+        golf('train', 'pr576', '--data', shards, '--out', out,
+             '--overrides', json.dumps(small), nproc=nproc)
+        golf('score', '--artifact', out/'model.golf', '--data', shards,
+             '--device', 'cpu', '--json', out/'s.json', nproc=nproc)
+        lines = [json.loads(x) for x in
+                 (out/'metrics.jsonl').read_text().splitlines()]
+        stages = json.loads((out/'s.json').read_text())['stages']
+        facts = json.loads((out/'checkpoint/train.json').read_text())
+        runs.append(([m['loss'] for m in lines if m['kind'] == 'train'],
+                     [s['val_bpb'] for s in stages], facts))
+    one, two = runs
+    assert one[0] == pytest.approx(two[0], abs=1e-4)
+    assert one[1] == pytest.approx(two[1], abs=1e-3) and len(one[1]) == 3
+    assert one[2]['formats'] == two[2]['formats']
+    assert two[2]['temperature'] == pytest.approx(one[2]['temperature'],
+                                                  rel=1e-2)
