@@ -448,7 +448,8 @@ def draw_places(ax,    # a panel
     ax.imshow(cells, 'RdBu_r', aspect='auto', vmin=-most, vmax=most)
     for i, j in np.argwhere(np.isfinite(cells)):
         deep = abs(cells[i, j]) > 0.6*most
-        ax.text(j, i, f'{cells[i, j]:.1f}', ha='center', va='center',
+        text = f'{cells[i, j]:.1f}'.replace('-0.0', '0.0')
+        ax.text(j, i, text, ha='center', va='center',
                 fontsize=9, color='white' if deep else INK)
     ax.set_xticks(range(len(places)), places)
     ax.set_yticks(range(len(roles)), roles)
