@@ -80,7 +80,8 @@ def dequantize_rows(codes:torch.Tensor, # int8 [rows, cols]
 CLIPS = tuple(1 - i / 20 for i in range(15)) # tried by "mse": 1 to 0.3
 
 def best_clip(w:torch.Tensor, # weights [rows, cols], float32
-              bits:int # width of a code
+              bits:int, # width of a code
+              power:torch.Tensor|None=None # what a column counts; None: 1
               ) -> torch.Tensor: # float32 [rows], values of CLIPS
     "The clip of each row with the least squared error of its weights."
     best = torch.ones(len(w), device=w.device)
@@ -88,7 +89,8 @@ def best_clip(w:torch.Tensor, # weights [rows, cols], float32
     for c in CLIPS:
         scale = row_scale(w, bits, torch.full_like(best, c))
         rounded = grid_codes(w, scale, bits) * scale[:, None]
-        error = (rounded - w).square().sum(1)
+        error = (rounded - w).square()
+        error = error.sum(1) if power is None else error @ power
         best = torch.where(error < least, c, best)
         least = torch.minimum(error, least)
     return best

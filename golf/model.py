@@ -49,7 +49,7 @@ class TiedEmbedding(nn.Module):
                ):
         "[..., V]: capped logits over the temperature, float32."
         z = F.linear(h, self.tok_emb.weight.to(h.dtype)).float()
-        return self.softcap * torch.tanh(z / self.softcap) / self.temperature
+        return self.softcap/self.temperature * torch.tanh(z / self.softcap)
 
 # %% ../nbs/08_model.ipynb #d9981f72
 class GPT(TiedEmbedding):

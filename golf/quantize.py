@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['QuantTensor', 'dequantize_tensor', 'quantize_tensor', 'quantize_state', 'dequantize_state', 'code_entropy',
-           'clipped_share', 'layer_of', 'quantization_report', 'by_layer', 'gap_by_place']
+           'clipped_share', 'layer_of', 'quantization_report', 'gap_by_place']
 
 # %% ../nbs/15_quantize.ipynb #ab5ff208
 from dataclasses import dataclass
@@ -125,20 +125,6 @@ def quantization_report(state:dict, # parameter's name -> trained tensor
             "zero_rows":
                 float((t.scale == 0).double().mean()) if integer else 0.0})
     return rows
-
-# %% ../nbs/15_quantize.ipynb #134a67fd
-def by_layer(rows:list, # of quantization_report
-             key:str # a column of it: "clipped", "snr_db", ...
-             ) -> dict: # role -> {layer: mean over weights}
-    "One column of the report by role and layer, integer formats only."
-    sums = {}
-    for r in rows:
-        if r["bits_per_weight"] is None: continue
-        total = sums.setdefault(r["role"], {}).setdefault(r["layer"], [0, 0])
-        total[0] += r[key] * r["weights"]
-        total[1] += r["weights"]
-    return {role: {layer: a / b for layer, (a, b) in places.items()}
-            for role, places in sums.items()}
 
 # %% ../nbs/15_quantize.ipynb #a082e299
 def gap_by_place(state:dict,  # parameter's name -> trained tensor

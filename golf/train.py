@@ -324,7 +324,9 @@ def fix_grids(job,     # the run, about to round
               dry=False # only load what it needs, before the clock starts
               ):
     "Decide what `sd auto` means; from here on it stays."
-    if not job.cfg.fit.enabled or not open_formats(job.formats): return
+    cfg = job.cfg
+    if not (cfg.qat.enabled and cfg.fit.enabled
+            and open_formats(job.formats)): return
     state = {k: p.detach() for k, p in job.model.named_parameters()}
     room = 2**40 if dry else job.room
     settled = job.ranks.share(
@@ -544,7 +546,8 @@ def train_run(cfg,   # a `Config`
     began = time.perf_counter()
     change = warm_up(job)
     if change: say(f'rounding is live: it moves a loss by {change:.2e}')
-    fix_grids(job, dry=True)
+    at_once = QatSchedule(cfg.qat).due(0, 1.)  # then not on the clock
+    fix_grids(job, dry=not at_once)
     if reserve := dry_run(job):
         job.schedule = schedule_of(cfg.train, cfg.optim, reserve)
         say(f'{reserve:.2f} s are kept for calibration')
