@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['expected_formats', 'counted_code', 'describe', 'describe_text', 'describe_command', 'add_describe', 'pack_run',
            'pack_command', 'add_pack', 'default_out', 'train_command', 'add_train', 'score_command', 'add_score',
-           'download_command', 'add_download', 'build_command', 'add_build', 'inspect_command', 'add_inspect',
-           'add_data', 'docs_command', 'add_docs', 'parser', 'main']
+           'compare_command', 'add_compare', 'download_command', 'add_download', 'build_command', 'add_build',
+           'inspect_command', 'add_inspect', 'add_data', 'docs_command', 'add_docs', 'parser', 'main']
 
 # %% ../nbs/32_cli.ipynb #ae0b6187
 import argparse
@@ -18,6 +18,7 @@ from pathlib import Path
 from .artifact import (byte_budget, check_limit, export_artifact,
                            write_artifact)
 from .build import build_dataset, inspect_dataset, inspect_text
+from .compare import compare_runs, compare_text
 from .config import (config_text, load_run_config, project_root,
                          read_config)
 from .corpus import resolve_dataset
@@ -151,7 +152,8 @@ def train_command(a # parsed arguments
     out = Path(a.out) if a.out else default_out(cfg)
     with start_ranks(cfg.train.device, cfg.train.threads) as ranks:
         check_run(cfg, ranks.world)
-        folder = ranks.share(lambda: str(prepare_run(out, config_text(cfg))))
+        folder = ranks.share(lambda: str(prepare_run(out, config_text(cfg),
+                                                     a.resume)))
         try:
             if ranks.first: print(f'{cfg.name} ({why}) into {out}')
             train_run(cfg, ranks, folder, counted_code())
@@ -172,6 +174,8 @@ def add_train(sub # subparsers
     p.add_argument('--overrides', default='', help='YAML, merged last')
     p.add_argument('--out', default='', help='runs/<config>-s<seed>')
     p.add_argument('--folder', help='a folder with params.yaml: train only')
+    p.add_argument('--resume', default='', help='the hidden folder of a run '
+                   'that was cut off on another machine')
     p.set_defaults(command=train_command)
 
 # %% ../nbs/32_cli.ipynb #7e299a9d
@@ -216,6 +220,29 @@ def add_score(sub # subparsers
                    choices=('auto', 'cpu', 'cuda'))
     p.add_argument('--json', help='write the scores to this file')
     p.set_defaults(command=score_command)
+
+# %% ../nbs/32_cli.ipynb #9d573bbe
+def compare_command(a # parsed arguments
+                    ):
+    "`golf compare`."
+    facts = compare_runs(a.runs, a.record, a.unit, a.stage, a.looks)
+    print(json.dumps(facts, indent=1) if a.json else compare_text(facts))
+
+def add_compare(sub # subparsers
+                ):
+    "Its arguments."
+    p = sub.add_parser('compare', help='is it better, or was it luck?')
+    p.add_argument('runs', nargs='+',
+                   help='folders of finished runs; configs are told apart, '
+                        'the first one is to be beaten')
+    p.add_argument('--record', type=float, help='a score to be beaten')
+    p.add_argument('--unit', default='nats', choices=('nats', 'bpb'),
+                   help='of the record and of what is tested')
+    p.add_argument('--stage', default='final', help='that is compared')
+    p.add_argument('--looks', type=int, default=1,
+                   help='at these runs, planned in all; they share the p')
+    p.add_argument('--json', action='store_true', help='as JSON')
+    p.set_defaults(command=compare_command)
 
 # %% ../nbs/32_cli.ipynb #9a6b2464
 def download_command(a # parsed arguments
@@ -307,8 +334,8 @@ def parser():
     p = argparse.ArgumentParser('golf', description='Parameter golf: '
                                 'train, pack and score a small model.')
     sub = p.add_subparsers(required=True, metavar='command')
-    for add in (add_describe, add_train, add_pack, add_score, add_data,
-                add_docs): add(sub)
+    for add in (add_describe, add_train, add_pack, add_score, add_compare,
+                add_data, add_docs): add(sub)
     return p
 
 # %% ../nbs/32_cli.ipynb #1c4c1ac2

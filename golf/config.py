@@ -172,13 +172,16 @@ class TrainConfig:
     warmup_steps: int = 3            # uncounted, on random tokens
     log_every: int = 10              # steps between metrics lines
     heldout_every: int = 250         # steps between held-out losses
+    snapshot_every: int = 0          # steps between snapshots, 0 = none
 
     def __post_init__(self):
         _check_time(self)
         _need_positive('train', self, 'batch_tokens', 'micro_tokens',
                        'seq_len', 'log_every', 'heldout_every',
                        'warmup_steps')
-        _need(self.threads >= 0, f'train.threads: {self.threads} < 0')
+        for key in ('threads', 'snapshot_every'):
+            _need(getattr(self, key) >= 0,
+                  f'train.{key}: {getattr(self, key)} < 0')
         _need(self.micro_tokens >= self.seq_len, f'train.micro_tokens: '
               f'{self.micro_tokens} holds no row of {self.seq_len}')
         _need(0 <= self.min_lr <= 1, f'train.min_lr: {self.min_lr} is '

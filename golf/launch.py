@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['visible_devices', 'stage_command', 'stage_name', 'process_table', 'other_process', 'owned_sibling', 'dead_siblings',
-           'flat', 'settings', 'check_out', 'abandon_run', 'finish_run', 'restore_old', 'prepare_run', 'descendants',
-           'end_descendants', 'supervise', 'start_supervised', 'child_environment', 'LineTail', 'torchrun_failures',
-           'error_files', 'first_to_fail', 'exit_cause', 'last_exception', 'StageFailed', 'stage_failure', 'run_stage',
-           'status_line', 'LiveView']
+           'flat', 'settings', 'check_out', 'can_go_on', 'abandon_run', 'finish_run', 'restore_old', 'prepare_run',
+           'descendants', 'end_descendants', 'supervise', 'start_supervised', 'child_environment', 'LineTail',
+           'torchrun_failures', 'error_files', 'first_to_fail', 'exit_cause', 'last_exception', 'StageFailed',
+           'stage_failure', 'run_stage', 'status_line', 'LiveView']
 
 # %% ../nbs/28_launch.ipynb #414b289e
 import ctypes, json, os, re, select, shlex, shutil, signal, socket
@@ -141,12 +141,19 @@ def check_out(out, # folder to write a run to
             f'{b} here; give another `out`, or remove that folder')
 
 # %% ../nbs/28_launch.ipynb #e8427889
+def can_go_on(folder # of a run
+              ):
+    "Has its training left a snapshot?"
+    return any(Path(folder).glob('snapshots/step-*.pt'))
+
 def abandon_run(partial, # folder of a run that will not finish
                 out      # folder it was meant for
                 ):
-    "Delete the folder, or keep a finished checkpoint; says what it did."
+    "Delete the folder, or keep what cost time; says what it did."
     partial, out = Path(partial), Path(os.path.realpath(out))
     if not (partial/'checkpoint'/'model.pt').is_file():
+        if can_go_on(partial): return (f'{partial} has snapshots: the same '
+                                       'run, started again, goes on there')
         shutil.rmtree(partial, ignore_errors=True)
         return f'nothing was kept; {out} is as it was before'
     kept = out.with_name(out.name + '.failed')
@@ -179,16 +186,24 @@ def restore_old(out # a run's folder
         else: os.rename(old, out)
 
 # %% ../nbs/28_launch.ipynb #f51db78d
-def prepare_run(out,             # folder the run will end in
-                params_yaml_text # this run's resolved config
+def prepare_run(out,              # folder the run will end in
+                params_yaml_text, # this run's resolved config
+                resume=''         # what to take up, of whatever machine
                 ):
-    "A fresh folder to build the run in, with its `params.yaml`."
+    "A folder to build the run in, with its `params.yaml`."
     out = Path(os.path.realpath(out))
     restore_old(out)
     check_out(out, params_yaml_text)
-    for left in dead_siblings(out, 'partial'): abandon_run(left, out)
+    if resume and not can_go_on(resume):
+        raise ValueError(f'{resume}: there is no snapshot to go on from')
+    dead = dead_siblings(out, 'partial')
+    cut_off = [Path(resume)] if resume else list(filter(can_go_on, dead))
+    for left in cut_off: check_out(left, params_yaml_text)
+    for left in dead:
+        if left not in cut_off: abandon_run(left, out)
     partial = owned_sibling(out, 'partial')
-    partial.mkdir(parents=True)
+    if cut_off: os.rename(cut_off[-1], partial)
+    else: partial.mkdir(parents=True)
     (partial/'params.yaml').write_text(params_yaml_text, encoding='utf8')
     return partial
 

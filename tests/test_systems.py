@@ -86,26 +86,43 @@ def test_says_how_much_is_too_much(shards, tmp_path, capsys):
     assert not (tmp_path/'run').exists()
 
 
-def test_two_ranks_do_all_of_it(shards, tmp_path):
-    "#576 on two processes: the losses, the grid and the scores of one."
+@pytest.mark.parametrize('world', [
+    2, pytest.param(8, marks=pytest.mark.slow)])
+def test_many_ranks_do_all_of_it(world, shards, tmp_path):
+    "#576 on several processes: the losses, the grid and the scores of one."
     small = shrink('pr576') | dict(limit_bytes=counted_code() + 100_000,
                                    fit=dict(margin=0))
+    small['data'] = small['data'] | dict(spans=8)
     runs = []
-    for nproc in (1, 2):
+    for nproc in (1, world):
         out = tmp_path/f'run{nproc}'
         golf('train', 'pr576', '--data', shards, '--out', out,
              '--overrides', json.dumps(small), nproc=nproc)
-        golf('score', '--artifact', out/'model.golf', '--data', shards,
-             '--device', 'cpu', '--json', out/'s.json', nproc=nproc)
         lines = [json.loads(x) for x in
                  (out/'metrics.jsonl').read_text().splitlines()]
-        stages = json.loads((out/'s.json').read_text())['stages']
         facts = json.loads((out/'checkpoint/train.json').read_text())
-        runs.append(([m['loss'] for m in lines if m['kind'] == 'train'],
-                     [s['val_bpb'] for s in stages], facts))
-    one, two = runs
-    assert one[0] == pytest.approx(two[0], abs=1e-4)
-    assert one[1] == pytest.approx(two[1], abs=1e-3) and len(one[1]) == 3
-    assert one[2]['formats'] == two[2]['formats']
-    assert two[2]['temperature'] == pytest.approx(one[2]['temperature'],
-                                                  rel=1e-2)
+        runs.append(([m['loss'] for m in lines], facts))
+    (alone, one), (shared, many) = runs
+    worst = max(abs(a - b) for a, b in zip(alone, shared, strict=True))
+    print(f'{world} ranks: losses within {worst:.1e}')
+    assert worst < 1e-4
+    assert one['formats'] == many['formats']
+    assert many['temperature'] == pytest.approx(one['temperature'], rel=1e-2)
+    scores = {(nproc, by): scored(tmp_path/f'run{nproc}', shards, by)
+              for nproc, by in ((1, 1), (1, world), (world, 1))}
+    assert list(scores[1, 1]) == ['quantized', 'sliding', 'ttt']
+    for name, bpb in scores[1, world].items():  # of one artifact
+        apart = abs(bpb - scores[1, 1][name])
+        print(f'{name} by {world} ranks: within {apart:.1e}')
+        assert apart < (1e-6 if name == 'ttt' else 1e-15)
+    for name, bpb in scores[world, 1].items():  # of what they have trained
+        assert bpb == pytest.approx(scores[1, 1][name], abs=1e-3)
+
+
+def scored(run, shards, nproc):
+    "{stage: BPB} of an artifact, scored by so many processes."
+    path = run/f'scores-{nproc}.json'
+    golf('score', '--artifact', run/'model.golf', '--data', shards,
+         '--device', 'cpu', '--json', path, nproc=nproc)
+    return {s['name']: s['val_bpb']
+            for s in json.loads(path.read_text())['stages']}
