@@ -30,6 +30,7 @@ from .gptq import gptq_state
 from .grid import FORMATS, format_bits, qmax, role_of
 from .quantize import QuantTensor
 from .ranks import Ranks
+from .rules import RuleBreach
 
 # %% ../nbs/23_artifact.ipynb #e1e85905
 MAGIC = b"GOLF"
@@ -439,8 +440,12 @@ def byte_budget(artifact:bytes # the artifact, or the path of one
     return dict(sorted(budget.items(), key=lambda item: -item[1]))
 
 # %% ../nbs/23_artifact.ipynb #ef8983cd
-class OverLimit(ValueError):
+class OverLimit(RuleBreach):
     "Code and model together exceed the limit."
+    def __init__(self,
+                 why # with a table
+                 ):
+        super().__init__('size', why)
 
 def check_limit(model_bytes:int, # length of the artifact
                 code_bytes:int, # length of the code that counts

@@ -5,19 +5,22 @@
 # %% auto #0
 __all__ = ['expected_formats', 'counted_code', 'describe', 'describe_text', 'describe_command', 'add_describe', 'pack_run',
            'pack_command', 'add_pack', 'default_out', 'train_command', 'add_train', 'score_command', 'add_score',
-           'compare_command', 'add_compare', 'download_command', 'add_download', 'build_command', 'add_build',
-           'inspect_command', 'add_inspect', 'add_data', 'docs_command', 'add_docs', 'parser', 'main']
+           'compare_command', 'add_compare', 'check_command', 'add_check', 'download_command', 'add_download',
+           'build_command', 'add_build', 'inspect_command', 'add_inspect', 'add_data', 'docs_command', 'add_docs',
+           'parser', 'main']
 
 # %% ../nbs/32_cli.ipynb #ae0b6187
 import argparse
 import json
 import os
 import sys
+import time
 from pathlib import Path
 
 from .artifact import (byte_budget, check_limit, export_artifact,
                            write_artifact)
 from .build import build_dataset, inspect_dataset, inspect_text
+from .check import check_run_folder, write_check
 from .compare import compare_runs, compare_text
 from .config import (config_text, load_run_config, project_root,
                          read_config)
@@ -31,6 +34,7 @@ from .model import (expected_bytes, flops_per_token, parameter_shapes,
                         parameter_table)
 from .ranks import report_errors, start_ranks
 from .report import code_bytes
+from .rules import RuleBook, RuleBreach, check_clock, text_guard
 from .score import score_artifact, score_weights, write_scores
 from .train import (check_run, load_checkpoint, load_hessians,
                         train_run)
@@ -102,10 +106,11 @@ def pack_run(folder, # of a run with a checkpoint
     cfg = read_config(folder/'params.yaml')
     averaged = cfg.average.method != 'none'
     state, facts = load_checkpoint(folder/'checkpoint', averaged)
-    blob, _, report = export_artifact(
-        state, cfg, facts['tokenizer_sha256'], facts['precision'],
-        facts['temperature'], facts['formats'],
-        load_hessians(folder/'checkpoint'), code, ranks)
+    with text_guard(RuleBook(), 'pack'):  # no text is open to it
+        blob, _, report = export_artifact(
+            state, cfg, facts['tokenizer_sha256'], facts['precision'],
+            facts['temperature'], facts['formats'],
+            load_hessians(folder/'checkpoint'), code, ranks)
     check_limit(len(blob), code, cfg.limit_bytes, byte_budget(blob))
     if not ranks.first: return
     write_artifact(folder/'model.golf', blob)
@@ -192,13 +197,18 @@ def score_command(a # parsed arguments
         states = {name: load_checkpoint(Path(a.raw)/'checkpoint', average)[0]
                   for name, average in names.items()}
     folder = Path(a.json).parent if a.json else None
+    began, book = time.perf_counter(), RuleBook()
     with report_errors(folder), start_ranks(a.device) as ranks:
         # for `score.deterministic`; read when CUDA first multiplies
         os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
         dataset = resolve_dataset(a.data, a.tokenizer)
-        scores = (score_weights(states, cfg, dataset, ranks) if a.raw
-                  else score_artifact(a.artifact, dataset, ranks,
-                                      [ttt_stage]))
+        with text_guard(book, 'score', dataset):
+            scores = (score_weights(states, cfg, dataset, ranks) if a.raw
+                      else score_artifact(a.artifact, dataset, ranks,
+                                          [ttt_stage], book))
+        if not a.raw:  # from reading the artifact to the last target
+            check_clock(book, 'eval_clock', time.perf_counter() - began,
+                        scores['limit_seconds'], ranks)
         if not ranks.first: return
         if a.json: write_scores(a.json, scores)
         for s in scores['stages']:
@@ -243,6 +253,37 @@ def add_compare(sub # subparsers
                    help='at these runs, planned in all; they share the p')
     p.add_argument('--json', action='store_true', help='as JSON')
     p.set_defaults(command=compare_command)
+
+# %% ../nbs/32_cli.ipynb #1bcdace5
+def check_command(a # parsed arguments
+                  ):
+    "`golf check`: count and score again, and compare with result.json."
+    params = Path(a.folder)/'params.yaml'
+    data = a.data or (read_config(params).data.path if params.is_file()
+                      else 'embedded')
+    report = check_run_folder(a.folder, data, a.positions, a.tokenizer,
+                              a.device)
+    write_check(a.folder, report)
+    for rule, outcome in report['rules']['checks'].items():
+        print(f'{rule:16} {outcome}')
+    for name, s in report['stages'].items():
+        print(f'{name:16} off by {s["off"]} nats a target ({s["how"]})')
+    for line in report['breaches']: print(line)
+    if not report['ok']: sys.exit('golf: the run does not hold: ' + ', '.join(
+        report['disagrees'] or ['see check.json']))
+
+def add_check(sub # subparsers
+              ):
+    "Its arguments."
+    p = sub.add_parser('check', help='is a run what its result says')
+    p.add_argument('folder', help='of a run: result.json, model.golf')
+    p.add_argument('--data', default='', help="if not the run's own")
+    p.add_argument('--tokenizer', default='', help="if not the folder's own")
+    p.add_argument('--positions', type=int, default=16_384,
+                   help='targets to score again; 0: all')
+    p.add_argument('--device', default='auto',
+                   choices=('auto', 'cpu', 'cuda'))
+    p.set_defaults(command=check_command)
 
 # %% ../nbs/32_cli.ipynb #9a6b2464
 def download_command(a # parsed arguments
@@ -334,8 +375,8 @@ def parser():
     p = argparse.ArgumentParser('golf', description='Parameter golf: '
                                 'train, pack and score a small model.')
     sub = p.add_subparsers(required=True, metavar='command')
-    for add in (add_describe, add_train, add_pack, add_score, add_compare,
-                add_data, add_docs): add(sub)
+    for add in (add_describe, add_train, add_pack, add_score, add_check,
+                add_compare, add_data, add_docs): add(sub)
     return p
 
 # %% ../nbs/32_cli.ipynb #1c4c1ac2
@@ -344,7 +385,7 @@ def main(argv=None # arguments; None = those of the process
     "Run a command; wrong input is one line and exit code 1."
     a = parser().parse_args(argv)
     try: a.command(a)
-    except (ValueError, OSError) as e:
+    except (ValueError, OSError, RuleBreach) as e:
         sys.exit(f'golf: {" ".join(str(e).split())}'
                  if '\n' not in str(e) else f'golf: {e}')
     except KeyboardInterrupt: sys.exit('golf: interrupted')

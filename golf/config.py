@@ -173,6 +173,7 @@ class TrainConfig:
     log_every: int = 10              # steps between metrics lines
     heldout_every: int = 250         # steps between held-out losses
     snapshot_every: int = 0          # steps between snapshots, 0 = none
+    limit_seconds: float | None = 600.0  # of `seconds`, by the contest
 
     def __post_init__(self):
         _check_time(self)
@@ -186,6 +187,10 @@ class TrainConfig:
               f'{self.micro_tokens} holds no row of {self.seq_len}')
         _need(0 <= self.min_lr <= 1, f'train.min_lr: {self.min_lr} is '
               'outside 0..1 (it is a multiplier)')
+        limit = self.limit_seconds
+        _need(limit is None or (self.seconds or 0) <= limit, 'train.seconds: '
+              f'{self.seconds} is over train.limit_seconds = {limit}; raise '
+              'that, or set it to null where no contest is meant')
 
 # %% ../nbs/00_config.ipynb #84612914
 @dataclass(frozen=True)
@@ -283,12 +288,15 @@ class ScoreConfig:
     tail: Literal['drop', 'all'] = 'drop'  # targets that fill no row
     temperature: float | Literal['heldout'] = 1.0  # of sliding and ttt
     deterministic: bool = False      # the same bits at every run, on a GPU
+    limit_seconds: float | None = 600.0  # of an evaluation, by the contest
 
     def __post_init__(self):
         _need_positive('score', self, 'seq_len', 'stride', 'batch',
                        'threads')
         _need(self.temperature == 'heldout' or self.temperature > 0,
               f'score.temperature: {self.temperature} is not positive')
+        _need(self.limit_seconds is None or self.limit_seconds > 0,
+              f'score.limit_seconds: {self.limit_seconds} is not positive')
         _need(self.stride <= self.seq_len, f'score.stride: {self.stride} '
               f'is longer than score.seq_len = {self.seq_len}')
 

@@ -461,6 +461,10 @@ class TokenStream:
             done += len(part)
         return out
 
+    def close(self):
+        "Unmaps the shards; a later `read` opens them again."
+        self.maps.clear()
+
 # %% ../nbs/01_data.ipynb #b6727608
 def heldout_tokens(files,  # paths of the train shards, in order
                    n,      # tokens of the tail

@@ -20,6 +20,8 @@ import numpy as np
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
+from .rules import rules_section
+
 # %% ../nbs/26_report.ipynb #7db5268f
 def loss_to_bpb(loss,   # mean loss, nats per token
                 tokens, # scored targets
@@ -193,7 +195,8 @@ def build_result(config_name, # "pr137+onegpu"
                  by_role,     # bytes of the artifact by role
                  code_bytes,  # bytes of the golf modules it needs
                  limit,       # bytes allowed, code and model together
-                 averaging=False # does the artifact hold averaged weights
+                 averaging=False, # does the artifact hold averaged weights
+                 rules=None   # what each process has checked, dicts
                  ):
     "The checked content of `result.json`."
     stages = sorted(stages, key=lambda s: STAGES.index(s['name']))
@@ -201,7 +204,8 @@ def build_result(config_name, # "pr137+onegpu"
         raise ValueError("result.stages: 'averaged' must be there if and "
                          f'only if averaging is on; it is {averaging}')
     keys = [k.rstrip('?') for k in RESULT_SHAPE['train']]
-    gap = quant_gap(stages)
+    gap, size = quant_gap(stages), sum_bytes(by_role, code_bytes, limit)
+    fits = 'passed' if size['total'] <= limit else 'failed'
     result = dict(
         schema=1, config=config_name, seed=seed,
         n_params=train_info['n_params'], commit=git_commit(),
@@ -210,8 +214,9 @@ def build_result(config_name, # "pr137+onegpu"
         stages=[{k: s[k] for k in RESULT_SHAPE['stages'][0]}
                 for s in stages],
         **({} if gap is None else dict(quant_gap_bpb=gap)),
-        bytes=sum_bytes(by_role, code_bytes, limit),
-        final=final_score(stages))
+        bytes=size, final=final_score(stages),
+        **({} if rules is None else dict(rules=rules_section(
+            train_info.get('rules', {}), dict(size=fits), *rules))))
     check_result(result)
     return result
 

@@ -8,7 +8,7 @@ __all__ = ['SNAPSHOTS', 'Clock', 'step_seconds', 'compile_choice', 'check_run', 
            'warm_up', 'no_recompiles', 'log_step', 'log_heldout', 'fix_grids', 'take_formats', 'run_steps', 'switches',
            'run_state', 'restore_run', 'exported_weights', 'calibration_rows', 'asks_for', 'calibrate', 'dry_run',
            'calibrate_on_clock', 'run_facts', 'save_checkpoint', 'load_checkpoint', 'load_hessians', 'line_logger',
-           'last_state', 'snapshots_of', 'open_lines', 'train_run']
+           'last_state', 'snapshots_of', 'open_lines', 'train_run', 'train_guarded']
 
 # %% ../nbs/21_train.ipynb #d62c70d6
 import json
@@ -38,6 +38,7 @@ from .qat import (QatSchedule, advance_qat, assign_grids, linears,
                       prove_rounding, weights_as)
 from .ranks import (Ranks, machine, pick_device, stream_dtype,
                         utilisation)
+from .rules import RuleBook, check_clock, text_guard
 from .schedule import Budget, Schedule
 from .snapshot import (SnapshotWriter, newest_steps, read_snapshot)
 from .windows import plan_windows, sum_losses
@@ -638,7 +639,16 @@ def train_run(cfg,   # a `Config`
               code=0 # bytes of code that count
               ):
     "Train as `cfg` says; writes metrics.jsonl and checkpoint/ in `out`."
-    out, job = Path(out), set_up(cfg, ranks, code)
+    job = set_up(cfg, ranks, code)
+    with text_guard(RuleBook(), 'train', job.dataset) as guard:
+        train_guarded(job, Path(out), guard)
+
+def train_guarded(job,  # the run, set up
+                  out,  # its folder
+                  guard # the `TextGuard` of this process
+                  ):
+    "The same with the parts at hand, and with validation text closed."
+    cfg, ranks = job.cfg, job.ranks
     say = print if ranks.first else (lambda *a, **k: None)
     _, why = compile_choice(cfg.train.compile, ranks.device)
     say(f'{cfg.name} seed {cfg.seed}: {ranks.world} x '
@@ -666,7 +676,13 @@ def train_run(cfg,   # a `Config`
     job.loader.close()
     try:
         averaged = job.average.state() if job.average else None
+        guard.enter('calibrate')
         found, spent = calibrate_on_clock(job, clock, say)
+        job.loader.stream.close()
+        guard.enter('pack')  # from here on, no text
+        check_clock(guard.book, 'train_clock', seconds + bool(found)*spent,
+                    cfg.train.limit_seconds if cfg.train.seconds else None,
+                    ranks)
     except (RuntimeError, ValueError):  # the steps have been taken
         if ranks.first: save_checkpoint(out/'checkpoint', job.model,
                                         run_facts(job, steps, seconds))
@@ -674,6 +690,7 @@ def train_run(cfg,   # a `Config`
     temperature = found.get('temperature', cfg.score.temperature)
     facts = run_facts(job, steps, seconds, spent,
                       1. if temperature == 'heldout' else temperature)
+    facts['rules'] = guard.book.checks
     if ranks.first:
         save_checkpoint(out/'checkpoint', job.model, facts, averaged,
                         found.get('hessians'))

@@ -17,6 +17,7 @@ import torch
 from .config import ScoreConfig, TttConfig
 from .grid import Linear
 from .muon import clip_gradients
+from .rules import RuleBook, open_ledger
 from .schedule import warmdown
 from .windows import Windows, plan_windows, sum_losses, window_batch
 
@@ -168,7 +169,8 @@ def score_ttt(forward, # (ids, targets, first) -> nats [B, L-first]
               score,   # a `ScoreConfig`
               ttt,     # a `TttConfig`
               ranks,   # `Ranks`
-              learn=None # what rows are trained with; None: `forward`
+              learn=None,# what rows are trained with; None: `forward`
+              book=None  # the scorer's `RuleBook`
               ):
     "The stage `ttt` of result.json, with the nats of each chunk."
     began, L, record = time.perf_counter(), score.seq_len, []
@@ -176,10 +178,12 @@ def score_ttt(forward, # (ids, targets, first) -> nats [B, L-first]
     params = [model.get_parameter(k) for k in names]
     optimizer = ttt_optimizer(params, ttt)
     chunks = plan_chunks(text.targets, L, score.stride, ttt.chunk_tokens)
+    ledger = open_ledger(book or RuleBook(), 'ttt', text.targets)
     with weights_restored(params):
         for left, chunk in zip(range(len(chunks))[::-1], chunks):
             first, n = chunk_targets(chunk)
-            nats = sum_losses(forward, text.tokens, chunk, score.batch, ranks)
+            nats = sum_losses(forward, text.tokens, chunk, score.batch,
+                              ranks, ledger)
             if not math.isfinite(nats):
                 raise RuntimeError(f'TTT: the loss from target {first} on '
                                    f'is {nats}; lower ttt.lr')
@@ -189,8 +193,9 @@ def score_ttt(forward, # (ids, targets, first) -> nats [B, L-first]
             optimizer.param_groups[0]['lr'] = ttt.lr * rate
             with learning(model, names):
                 train_chunk(forward if learn is None else learn, optimizer,
-                            text.tokens[first:first + n + 1], L, ttt, ranks)
-    nats = math.fsum(r['nats'] for r in record)
+                            text.tokens[ledger.train(first, n)], L, ttt,
+                            ranks)
+    nats = ledger.close()
     return dict(name='ttt', val_loss=nats/text.targets,
                 val_bpb=text.bpb(nats), seconds=time.perf_counter() - began,
                 method=ttt_method(model, score, ttt), chunks=record)
@@ -199,7 +204,8 @@ def score_ttt(forward, # (ids, targets, first) -> nats [B, L-first]
 def ttt_stage(forward, # from `compiled_forward`
               text,    # a `Text`
               meta,    # of the artifact
-              ranks    # `Ranks`
+              ranks,   # `Ranks`
+              book=None # the scorer's `RuleBook`
               ):
     "The stage `ttt` if the artifact asks for it, else None."
     ttt, score = TttConfig(**meta['ttt']), ScoreConfig(**meta['score'])
@@ -208,4 +214,4 @@ def ttt_stage(forward, # from `compiled_forward`
     learn = (model if forward is model else
              torch.compile(model, fullgraph=True, dynamic=False))
     model.temperature.fill_(score.temperature)
-    return score_ttt(forward, model, text, score, ttt, ranks, learn)
+    return score_ttt(forward, model, text, score, ttt, ranks, learn, book)

@@ -60,27 +60,31 @@ def row_sums(forward, # (ids, targets, first) -> nats [B, L-first]
                tokens,  # [n+1] ids, numpy
                plan,    # list of `Windows`
                size,    # rows a batch
-               ranks    # has rank, world, device and `sum_`
+               ranks,   # has rank, world, device and `sum_`
+               ledger=None # has `score`; enters the rows' scores
                ):
     "Nats of each row, in order; the same for any number of ranks."
     jobs = [(w, b) for w in plan
             for b in range(-(-len(w.starts) // size))]
-    sums = torch.zeros(len(jobs), size, dtype=torch.float64,
-                       device=ranks.device)
+    sums = torch.zeros(2, len(jobs), size, dtype=torch.float64,
+                       device=ranks.device)  # nats, and how often scored
     for i in range(ranks.rank, len(jobs), ranks.world):
         w, b = jobs[i]
         x, y, counts = (t.to(ranks.device, non_blocking=True)
                         for t in window_batch(tokens, w, b, size))
         losses = forward(x, y, w.first).double()
         at = torch.arange(losses.size(1), device=ranks.device)
-        sums[i] = losses.where(at < counts[:, None], 0.).sum(1)
+        sums[0, i] = losses.where(at < counts[:, None], 0.).sum(1)
+        sums[1, i] += 1
     real = [i*size + r for i, (w, b) in enumerate(jobs)
             for r in range(min(size, len(w.starts) - b*size))]
-    return ranks.sum_(sums).flatten()[real].tolist()
+    nats, times = ranks.sum_(sums).flatten(1)[:, real].tolist()
+    if ledger is not None: ledger.score(plan, nats, times)
+    return nats
 
-def sum_losses(forward, tokens, plan, size, ranks):
+def sum_losses(forward, tokens, plan, size, ranks, ledger=None):
     "Sum of all scored losses in nats; parameters as of `row_sums`."
-    return math.fsum(row_sums(forward, tokens, plan, size, ranks))
+    return math.fsum(row_sums(forward, tokens, plan, size, ranks, ledger))
 
 # %% ../nbs/14_windows.ipynb #4a9e6c44
 def row_targets(plan # list of `Windows`

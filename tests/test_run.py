@@ -200,3 +200,26 @@ def test_the_default_run_beats_xz(tmp_path):
     final = json.loads((tmp_path/'run/result.json').read_text())['final']
     assert final['stage'] == 'sliding'
     assert final['val_bpb'] < text_baselines(embedded_dataset())['xz']
+
+
+def test_the_rules_of_a_finished_run(finished):
+    "What the processes checked, together; a text of one's own is no contest."
+    result = json.loads((finished[1]/'result.json').read_text())
+    checks = result['rules']['checks']
+    assert result['rules']['legal'] is True
+    assert {k for k, v in checks.items() if v != 'passed'} == {
+        'canonical_split', 'train_clock'}
+
+
+def test_the_checker_agrees(finished, shards, tmp_path):
+    "In a fresh process; and it does not agree with another number."
+    run_ = shutil.copytree(finished[1], tmp_path/'run')
+    golf('check', run_, '--data', shards)
+    report = json.loads((run_/'check.json').read_text())
+    assert report['ok'] and not report['breaches']
+    result = json.loads((run_/'result.json').read_text())
+    for s in (result['stages'][-1], result['final']):
+        for key in ('val_loss', 'val_bpb'): s[key] *= .999
+    (run_/'result.json').write_text(json.dumps(result))
+    done = golf('check', run_, '--data', shards, check=False)
+    assert done.returncode == 1 and 'sliding' in done.stderr
