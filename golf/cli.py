@@ -7,7 +7,7 @@ __all__ = ['expected_formats', 'counted_code', 'describe', 'describe_text', 'des
            'pack_command', 'add_pack', 'default_out', 'train_command', 'add_train', 'score_command', 'add_score',
            'compare_command', 'add_compare', 'check_command', 'add_check', 'download_command', 'add_download',
            'build_command', 'add_build', 'inspect_command', 'add_inspect', 'add_data', 'docs_command', 'add_docs',
-           'parser', 'main']
+           'submit_command', 'add_submit', 'parser', 'main']
 
 # %% ../nbs/32_cli.ipynb #ae0b6187
 import argparse
@@ -17,8 +17,6 @@ import sys
 import time
 from pathlib import Path
 
-from .artifact import (byte_budget, check_limit, export_artifact,
-                           write_artifact)
 from .build import build_dataset, inspect_dataset, inspect_text
 from .check import check_run_folder, write_check
 from .compare import compare_runs, compare_text
@@ -36,8 +34,8 @@ from .ranks import report_errors, start_ranks
 from .report import code_bytes
 from .rules import RuleBook, RuleBreach, check_clock, text_guard
 from .score import score_artifact, score_weights, write_scores
-from .train import (check_run, load_checkpoint, load_hessians,
-                        train_run)
+from .submit import pack_checkpoint, submit_runs
+from .train import check_run, load_checkpoint, train_run
 from .ttt import ttt_stage
 
 # %% ../nbs/32_cli.ipynb #280610c1
@@ -102,19 +100,11 @@ def pack_run(folder, # of a run with a checkpoint
              ranks   # `Ranks`
              ):
     "Write model.golf from the checkpoint, or raise `OverLimit`."
-    folder, code = Path(folder), counted_code()
-    cfg = read_config(folder/'params.yaml')
-    averaged = cfg.average.method != 'none'
-    state, facts = load_checkpoint(folder/'checkpoint', averaged)
+    cfg, code = read_config(Path(folder)/'params.yaml'), counted_code()
     with text_guard(RuleBook(), 'pack'):  # no text is open to it
-        blob, _, report = export_artifact(
-            state, cfg, facts['tokenizer_sha256'], facts['precision'],
-            facts['temperature'], facts['formats'],
-            load_hessians(folder/'checkpoint'), code, ranks)
-    check_limit(len(blob), code, cfg.limit_bytes, byte_budget(blob))
+        size, report = pack_checkpoint(cfg, Path(folder), ranks, code, code)
     if not ranks.first: return
-    write_artifact(folder/'model.golf', blob)
-    print(f'model.golf: {len(blob):,} bytes and {code:,} of code, of '
+    print(f'model.golf: {size:,} bytes and {code:,} of code, of '
           f'{cfg.limit_bytes:,}', flush=True)
     if report:
         print(f'fit: predicted {report["predicted"]:,}, packed '
@@ -369,6 +359,32 @@ def add_docs(sub # subparsers
                    help='with Quarto instead of smalldocs')
     p.set_defaults(command=docs_command)
 
+# %% ../nbs/32_cli.ipynb #87e7db31
+def submit_command(a # parsed arguments
+                   ):
+    "`golf submit`."
+    sizes = submit_runs(a.folders, a.out, a.author, a.github_id, a.name,
+                        a.blurb, a.compress, a.any_code)
+    print(f'{a.out}: train_gpt.py has {sizes["readable"]:,} bytes readable, '
+          f'{sizes["compressed"]:,} compressed')
+    if not (a.author and a.github_id):
+        print('fill in author and github_id in submission.json')
+
+def add_submit(sub # subparsers
+               ):
+    "Its arguments."
+    p = sub.add_parser('submit', help='a records folder from finished runs')
+    p.add_argument('folders', nargs='+', help='runs of one config, a seed '
+                   'each')
+    p.add_argument('--out', required=True, help='the folder to be made')
+    for key in ('author', 'github-id', 'name', 'blurb'):
+        p.add_argument(f'--{key}', default='', help='in submission.json')
+    p.add_argument('--compress', action='store_true',
+                   help='train_gpt.py as a script that unpacks itself')
+    p.add_argument('--any-code', action='store_true',
+                   help='even if the code has changed since the runs')
+    p.set_defaults(command=submit_command)
+
 # %% ../nbs/32_cli.ipynb #599c980f
 def parser():
     "The arguments of all commands."
@@ -376,7 +392,7 @@ def parser():
                                 'train, pack and score a small model.')
     sub = p.add_subparsers(required=True, metavar='command')
     for add in (add_describe, add_train, add_pack, add_score, add_check,
-                add_compare, add_data, add_docs): add(sub)
+                add_compare, add_submit, add_data, add_docs): add(sub)
     return p
 
 # %% ../nbs/32_cli.ipynb #1c4c1ac2

@@ -661,7 +661,8 @@ def train_guarded(job,  # the run, set up
     job.reserve = dry_run(job)
     say(f'warm-up {time.perf_counter() - began:.1f} s', flush=True)
     clock, offset = Clock(ranks.device), 0
-    if state := last_state(out, ranks):
+    state = last_state(out, ranks) if cfg.train.snapshot_every else None
+    if state:
         restore_run(job, state)
         clock, offset = Clock(ranks.device, state['seconds']), state['lines']
         say(f'goes on after step {job.steps}, {state["seconds"]:.2f} s')
