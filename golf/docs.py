@@ -184,8 +184,9 @@ def source_page(text, # of a module
                        code=highlight(text, PythonLexer(), look))
 
 # %% ../nbs/31_docs.ipynb #73e75ced
-BOOK_PARTS = {0: 'Text', 5: 'Network', 9: 'Optimisation', 13: 'Training',
-              19: 'Artifact', 21: 'Score and report', 24: 'Running it',
+BOOK_PARTS = {0: 'Text', 5: 'Network', 9: 'Optimisation',
+              13: 'A run and its rules', 17: 'Quantising', 20: 'Training',
+              22: 'Artifact', 24: 'Score and report', 28: 'Running it',
               80: 'Systems', 90: 'What was learnt'}
 
 def table_of_contents(notebooks, # file names in nbs/
