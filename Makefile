@@ -7,8 +7,9 @@ VENV := .venv
 BIN  := $(VENV)/bin
 RUN  := $(BIN)/papermill --no-progress-bar nbs/99_run.ipynb
 SEED := 1337
+CHAPTERS := $(wildcard nbs/*.ipynb)
 
-.PHONY: run test test-all lab docs read sync clean
+.PHONY: run test test-all lab docs read sync clean $(CHAPTERS:%=test-%)
 .DELETE_ON_ERROR:
 
 $(VENV)/installed: constraints.txt pyproject.toml
@@ -23,11 +24,15 @@ run: $(VENV)/installed
 
 test: $(VENV)/installed
 	$(BIN)/python tests/stale.py
-	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/nbdev_test --n_workers 2 --timing
+	$(MAKE) -j2 --output-sync $(CHAPTERS:%=test-%)
 	tmp=$$(mktemp -d) && trap 'rm -rf '$$tmp EXIT && \
 	$(RUN) $$tmp/run.ipynb -p config smoke -p out $$tmp/run \
 	  -p overrides '{train: {seconds: 10}}'
 	$(BIN)/python -m pytest -q tests
+
+# a process for each: what one chapter holds open is none of the next one's
+$(CHAPTERS:%=test-%): test-%: $(VENV)/installed
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/nbdev_test --path $* --n_workers 0
 
 test-all: $(VENV)/installed
 	$(MAKE) test

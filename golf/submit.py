@@ -751,6 +751,7 @@ def as_list(x # a node, a list of them, or None
     "What a transformer may return, as a list."
     return x if isinstance(x, list) else [] if x is None else [x]
 
+# %% ../nbs/30_submit.ipynb #346edbf5
 class Fold(ast.NodeTransformer):
     "Take out what is never reached."
     def __init__(self, good): self.good = good

@@ -643,6 +643,7 @@ def train_run(cfg,   # a `Config`
     with text_guard(RuleBook(), 'train', job.dataset) as guard:
         train_guarded(job, Path(out), guard)
 
+# %% ../nbs/21_train.ipynb #4c79fb9f
 def train_guarded(job,  # the run, set up
                   out,  # its folder
                   guard # the `TextGuard` of this process
