@@ -408,11 +408,13 @@ def decode_codes(blob:bytes, # of `encode_codes`
 # %% ../nbs/19_codec.ipynb #62997aa2
 def expected_code_bytes(mats:list, # int8 [rows, cols] each
                         grow:float=1.0, # rows of the whole over the sample's
-                        options:tuple=OPTIONS # as in `fit_codes`
+                        options:tuple=OPTIONS, # as in `fit_codes`
+                        split:bool=True # look for predictions, too
                         ) -> float: # bytes
     "What `encode_codes` will take: cross-entropy and model."
-    predicted, *parts = split_group(mats)
-    total = 4.0 + -(-len(predicted) // 8)
+    full = [m for m in mats if m.size]
+    parts = split_group(mats)[1:] if split else ([], full)
+    total = 4.0 + -(-len(full) // 8)
     for part, times in zip(parts, (1.0, grow)):
         if not part: continue
         known, counts, _ = fit_codes(part, options)

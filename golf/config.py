@@ -363,9 +363,6 @@ class Config:
               f'learning rate ends at train.min_lr = {t.min_lr}')
         _need(not self.qat.enabled or self.quant.formats,
               'qat.enabled: quant.formats is empty, so there is no grid')
-        _need(not self.fit.enabled or self.quant.zstd_level >= 16,
-              f'fit.enabled: bytes are predicted for quant.zstd_level 16 to '
-              f'22, {self.quant.zstd_level} takes up to 7 % more')
         _need(not self.ttt.enabled
               or self.ttt.chunk_tokens % self.score.seq_len == 0,
               f'ttt.chunk_tokens: {self.ttt.chunk_tokens} is not a multiple '

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import golf.artifact
-from golf.artifact import (CHECKSUM_BYTES, PREFIX, ArtifactError, OverLimit, byte_budget, check_limit, open_artifact,
+from golf.artifact import (CHECKSUM_BYTES, PREFIX, VERSION, ArtifactError, OverLimit, byte_budget, check_limit, open_artifact,
                            pack_artifact, read_artifact, read_streams, same_tensor, seal, unpack_artifact, write_artifact)
 from golf.grid import FORMATS, format_bits, qmax
 from golf.quantize import QuantTensor, dequantize_state, quantize_state
@@ -156,15 +156,15 @@ def test_header_texts(text):
     packed = golf.artifact.zstd_pack(text.encode())
     total = PREFIX.size + len(packed) + CHECKSUM_BYTES
     with pytest.raises(ArtifactError):
-        unpack_artifact(resealed(PREFIX.pack(b"GOLF", 1, total, len(packed)), packed))
+        unpack_artifact(resealed(PREFIX.pack(b"GOLF", VERSION, total, len(packed)), packed))
 
 
 def test_no_bombs(blob):
     """Small files that would unpack to much more than they may."""
     bomb = golf.artifact.zstd_pack(bytes(2**26))
     assert len(bomb) < 10_000
-    spec = ["blocks.0.attn.q.weight", "int6", [2, 3]]
-    stream = {"role": "attention.q", "codec": "zstd", "raw": 10, "packed": len(bomb), "tensors": [spec]}
+    bomb = bytes(4) + bomb  # no codes before it
+    stream = {"role": "control", "raw": 10, "packed": len(bomb), "tensors": [["skips", "fp16", [1, 5]]]}
     with pytest.raises(ArtifactError, match="67,108,864 bytes where 10"):
         unpack_artifact(seal({"meta": {}, "streams": [stream]}, [bomb]))
     huge = {**stream, "raw": 2**38, "tensors": [["skips", "fp16", [2**20, 2**17]]]}
@@ -172,7 +172,7 @@ def test_no_bombs(blob):
         unpack_artifact(seal({"meta": {}, "streams": [huge]}, [bomb]))
     head = golf.artifact.zstd_pack(b" " * 2**26)
     with pytest.raises(ArtifactError, match="header is too large"):
-        unpack_artifact(resealed(PREFIX.pack(b"GOLF", 1, PREFIX.size + len(head) + CHECKSUM_BYTES, len(head)), head))
+        unpack_artifact(resealed(PREFIX.pack(b"GOLF", VERSION, PREFIX.size + len(head) + CHECKSUM_BYTES, len(head)), head))
 
 
 def test_what_cannot_be_read_is_not_written():

@@ -45,12 +45,12 @@ FORMATS = ['int8', 'int7', 'int6', 'int5', 'int4', 'int4 mse', 'int5 q0.999',
 @pytest.mark.parametrize('law', LAWS)
 def test_prediction_of_small_models(law):
     state = make_state(law, 0)
-    for fmt in FORMATS:
-        for table in ('fp16', 'int8'):
-            tensors = quantize_state(state, [('tok_emb.weight', table),
-                                             ('blocks.*.weight', fmt)])
-            real = len(pack(tensors))
-            assert abs(predicted_bytes(tensors)/real - 1) < .03, fmt
+    for i, fmt in enumerate(FORMATS):
+        table = ('fp16', 'int8')[i % 2]
+        tensors = quantize_state(state, [('tok_emb.weight', table),
+                                         ('blocks.*.weight', fmt)])
+        real = len(pack(tensors))
+        assert abs(predicted_bytes(tensors)/real - 1) < .02, fmt
 
 
 @pytest.mark.parametrize('law', LAWS)
