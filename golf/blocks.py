@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .attention import Attention, rms
+from .attention import Attention, attention, rms
 from .grid import Linear
+from .kernels import fused_mlp
 
 # %% ../nbs/08_blocks.ipynb #bf0d6075
 def relu2(u # pre-activations
@@ -38,10 +39,15 @@ class MLP(nn.Module):
         super().__init__()
         self.up, self.down = Linear(dim, hidden), Linear(hidden, dim)
         self.activation = ACTIVATIONS[activation]
+        self.leaky = activation == 'leaky_relu2'
+        self.tiles = () # of the fused kernel, see the chapter on kernels
 
     def forward(self,
                 x # [B, T, d], normalised
                 ):
+        if self.tiles and torch.compiler.is_compiling():
+            weights = [m.used(x.dtype) for m in (self.up, self.down)]
+            return fused_mlp(x, *weights, self.leaky, self.tiles)
         return self.down(self.activation(self.up(x)))
 
 # %% ../nbs/08_blocks.ipynb #2b17aec5
@@ -72,12 +78,14 @@ class Block(nn.Module):
                 x,         # [B, T, d] the residual stream
                 x0,        # [B, T, d] the normalised embedding
                 rotary,    # positions
-                value=None # [B, T, kv_dim] added to the values
+                value=None,# [B, T, kv_dim] added to the values
+                attend=attention, # the kernel, see `Attention`
+                first=0 # outputs of positions first..T-1 only
                 ):
         m0, m1 = self.resid_mix.to(x.dtype)
         x = m0*x + m1*x0
-        y = self.attn(self.norm(x), rotary, value)
-        x = x + self.attn_scale.to(x.dtype) * y
+        y = self.attn(self.norm(x), rotary, value, attend, first)
+        x = x[:, first:] + self.attn_scale.to(x.dtype) * y
         return x + self.mlp_scale.to(x.dtype) * self.mlp(self.norm(x))
 
 # %% ../nbs/08_blocks.ipynb #5a887f90
@@ -97,19 +105,24 @@ class SmearGate(nn.Module):
         self.gate = nn.Parameter(torch.zeros(dim))
 
     def forward(self,
-                x # [B, T, d] the normalised embedding
+                x, # [B, T, d] the normalised embedding
+                opens=None # [B, T] tokens that see none before them
                 ):
         before = F.pad(x[:, :-1], (0, 0, 1, 0))
+        if opens is not None:
+            before = before.masked_fill(opens[..., None], 0)
         return x + torch.sigmoid(self.gate).to(x.dtype) * (before - x)
 
 # %% ../nbs/08_blocks.ipynb #db9fbc0a
-def bigram_index(ids,    # [B, T] token ids
-                 buckets # rows of the table
+def bigram_index(ids,     # [B, T] token ids
+                 buckets, # rows of the table
+                 opens=None # [B, T] tokens that see none before them
                  ):
     "[B, T]: the row of each token's bigram; int32 arithmetic (#162)."
     t = ids.int()
     pairs = 36313*t[:, 1:] ^ 27191*t[:, :-1]
-    return F.pad(pairs % (buckets-1), (1, 0), value=buckets-1)
+    index = F.pad(pairs % (buckets-1), (1, 0), value=buckets-1)
+    return index if opens is None else index.masked_fill(opens, buckets-1)
 
 # %% ../nbs/08_blocks.ipynb #a056d21c
 class BigramHash(nn.Module):
@@ -125,10 +138,11 @@ class BigramHash(nn.Module):
         self.scale = nn.Parameter(torch.full((1,), 0.05))
 
     def forward(self,
-                ids,  # [B, T]
-                dtype # of the stream
+                ids,   # [B, T]
+                dtype, # of the stream
+                opens=None # [B, T] tokens that see none before them
                 ):
-        index = bigram_index(ids, self.table.num_embeddings)
+        index = bigram_index(ids, self.table.num_embeddings, opens)
         rows = self.table(index).to(dtype)
         return self.proj(rows) * self.scale.to(dtype)
 

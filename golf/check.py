@@ -28,7 +28,8 @@ from .report import check_result, code_bytes, git_commit
 from .rules import (RuleBook, RuleBreach, check_byte_count,
                         check_disjoint, check_size, note_split,
                         probe_forward, probe_pass, rules_section)
-from .score import artifact_model, check_text, score_artifact
+from .score import (artifact_model, check_text, row_windows,
+                        score_artifact, short_windows, sliding_plan)
 from .ttt import score_ttt, ttt_stage
 from .windows import plan_windows, row_sums
 
@@ -64,17 +65,21 @@ def losses_by_definition(model,   # a `GPT` at its temperature
                          length,  # L
                          stride,  # S; L for plain rows
                          batch,   # rows a forward
-                         seed=0   # of the noise
+                         seed=0,  # of the noise
+                         kept=1   # windows a row, if keys are kept
                          ):
     "Nats of each target, from a row that ends in noise; float64."
+    row, new = kept*length, (kept - 1)*length + stride
+    keep = (length, stride) if kept > 1 else None
     vocab, device = model.tok_emb.num_embeddings, model.tok_emb.weight.device
     draw, out = np.random.default_rng(seed), []
     for part in np.split(targets, range(batch, len(targets), batch)):
-        start = stride * np.maximum(0, -(-(part + 1 - length) // stride))
-        at = start[:, None] + np.arange(length)
+        start = np.where(part < length, 0,
+                         stride + (part - length)//new*new)
+        at = start[:, None] + np.arange(row)
         rows = np.where(at <= part[:, None], ids[np.minimum(
             at, len(ids) - 1)], draw.integers(0, vocab, at.shape))
-        h = model.hidden(torch.from_numpy(rows).to(device))
+        h = model.hidden(torch.from_numpy(rows).to(device), 0, keep)
         h = h[torch.arange(len(part)), torch.from_numpy(part - start)]
         z = model.logits(h).double()
         y = torch.from_numpy(ids[part + 1]).to(device)[:, None]
@@ -86,11 +91,12 @@ def segment_plan(n,      # targets in all
                  length, # tokens a row
                  stride, # new targets a row
                  begin,  # first target
-                 end     # after the last
+                 end,    # after the last
+                 kept=1  # windows a row
                  ):
     "The windows of `plan_windows` whose targets lie in begin..end."
     plan = []
-    for w in plan_windows(n, length, stride):
+    for w in plan_windows(n, length, stride, kept):
         a, b = np.searchsorted(w.starts + w.first, (begin, end))
         plan.append(w._replace(starts=w.starts[a:b], counts=w.counts[a:b]))
     return [w for w in plan if len(w.starts)]
@@ -122,30 +128,34 @@ def check_stage(model,     # a `GPT`
                 ):
     "How far the stage is off, in nats a target, and by which comparison."
     sliding, L, n = stage['name'] == 'sliding', score.seq_len, len(ids) - 1
-    stride, T = (score.stride, score.temperature) if sliding else (L, 1.)
+    stride, T, kept = (score.stride, score.temperature, row_windows(score)
+                       ) if sliding else (L, 1., 1)
     model.temperature.fill_(T)
     if not along: return check_mean(model, ids, stage, score.batch, L,
-                                    stride, positions, seed)
+                                    stride, positions, seed, kept)
     off, count = [abs(along[-1][1]/n - stage['val_loss'])], 0
     for begin, end, nats in draw_segments(along, positions, seed):
-        plan = segment_plan(n, L, stride, begin, end)
+        plan = segment_plan(n, L, stride, begin, end, kept)
         sums = row_sums(model, ids, plan, score.batch, ranks)
         off.append(abs(math.fsum(sums) - nats) / (end - begin))
         count += end - begin
     w = plan[-1]
     k = np.random.default_rng(seed).integers(len(w.starts))
     row = w.starts[k] + w.first + np.arange(w.counts[k])
-    mine = losses_by_definition(model, ids, row, L, stride, score.batch)
+    mine = losses_by_definition(model, ids, row, L, stride,
+                                score.batch, kept=kept)
     theirs = sums[len(sums) - len(w.starts) + k]
     off.append(abs(math.fsum(mine) - theirs) / len(row))
     return dict(how='segments', targets=count, off=max(off),
                 allowed=CHECK_ERROR)
 
-def check_mean(model, ids, stage, batch, length, stride, positions, seed):
+def check_mean(model, ids, stage, batch, length, stride, positions, seed,
+               kept=1):
     "The same without a record: a mean, allowed four standard errors."
     n = len(ids) - 1
     some = np.random.default_rng(seed).choice(n, min(n, positions), False)
-    mine = losses_by_definition(model, ids, some, length, stride, batch)
+    mine = losses_by_definition(model, ids, some, length, stride, batch,
+                                kept=kept)
     return dict(how='mean of a sample', targets=len(some),
                 off=abs(mine.mean() - stage['val_loss']),
                 allowed=max(CHECK_ERROR, 4*mine.std()/len(some)**.5))
@@ -292,9 +302,8 @@ def check_model(book,    # a `RuleBook`
     torch.set_num_threads(score.threads)
     model.temperature.fill_(score.temperature)
     vocab, ttt = model.tok_emb.num_embeddings, TttConfig(**meta['ttt'])
-    for w in plan_windows(len(ids) - 1, score.seq_len, score.stride):
-        probe_forward(book, model, ids, w, score.batch, vocab, ranks,
-                      min(score.seq_len, 256))
+    for w in sliding_plan(len(ids) - 1, short_windows(score, 256)):
+        probe_forward(book, model, ids, w, score.batch, vocab, ranks)
     n = 6 * score.seq_len
     if ttt.enabled and n < len(ids): probe_pass(
         book, lambda t: ttt_losses(model, t, score, ttt, ranks),

@@ -87,6 +87,7 @@ class ModelConfig:
     value_layers: tuple[int, ...] = ()  # layers with a value embedding
     value_dim: int = 128
     ln_scale: bool = False    # inputs of layer l times 1/sqrt(l + 1)
+    isolate_documents: bool = False  # nothing is seen across a BOS
     residual_init: Literal['zero', 'orthogonal'] = 'zero'  # output matrices
     embed_std: float = 0.005  # of the initial tied embedding
 
@@ -167,6 +168,9 @@ class TrainConfig:
     min_lr: float = 0.0              # multiplier at the end
     precision: Literal['auto', 'bf16', 'fp32'] = 'auto'  # of activations
     compile: Literal['auto', 'on', 'off'] = 'auto'
+    attention: Literal['auto', 'sdpa', 'cudnn', 'flash', 'flash3', 'flash4',
+                       'plain'] = 'auto'  # kernel; auto = the fastest here
+    kernels: Literal['auto', 'on', 'off'] = 'auto'  # fused, as measured
     device: Literal['auto', 'cpu', 'cuda'] = 'auto'
     threads: int = 0                 # CPU threads a process, 0 = its share
     warmup_steps: int = 3            # uncounted, on random tokens
@@ -282,6 +286,8 @@ class ScoreConfig:
     __pydantic_config__ = dict(extra='forbid')
     seq_len: int = 2048
     stride: int = 64                 # sliding window: new targets a window
+    method: Literal['exact', 'kept'] = 'exact'  # of the stage `sliding`
+    kept_windows: int = 2            # kept: length of a row, in seq_len
     batch: int = 32                  # rows a forward
     threads: int = 2                 # CPU threads a process
     compile: Literal['auto', 'on', 'off'] = 'auto'  # auto = on a GPU
@@ -299,6 +305,12 @@ class ScoreConfig:
               f'score.limit_seconds: {self.limit_seconds} is not positive')
         _need(self.stride <= self.seq_len, f'score.stride: {self.stride} '
               f'is longer than score.seq_len = {self.seq_len}')
+        k = self.kept_windows
+        _need(k > 1, f'score.kept_windows: {k}; two at least')
+        _need(self.method == 'exact'
+              or (k - 1)*self.seq_len % self.stride == 0,
+              f'score.stride: {self.stride} does not lead through a row of '
+              f'score.kept_windows = {k} times {self.seq_len} tokens')
 
 # %% ../nbs/00_config.ipynb #d58eb023
 @dataclass(frozen=True)
@@ -363,6 +375,10 @@ class Config:
               f'learning rate ends at train.min_lr = {t.min_lr}')
         _need(not self.qat.enabled or self.quant.formats,
               'qat.enabled: quant.formats is empty, so there is no grid')
+        _need(self.score.method == 'exact'
+              or not self.model.isolate_documents, 'score.method: kept keys '
+              'and values cross documents; with model.isolate_documents it '
+              'is exact')
         _need(not self.ttt.enabled
               or self.ttt.chunk_tokens % self.score.seq_len == 0,
               f'ttt.chunk_tokens: {self.ttt.chunk_tokens} is not a multiple '

@@ -252,6 +252,9 @@ class Linear(nn.Module):
         if self.soft: return soft_quant(*grid, self.alpha, self.clip)
         return fake_quant(*grid, self.clip)
 
+    def used(self, dtype):
+        "The weight as a product of this dtype uses it."
+        return (self.rounded() if self.bits else self.weight).to(dtype)
+
     def forward(self, x):
-        w = self.rounded() if self.bits else self.weight
-        return F.linear(x, w.to(x.dtype))
+        return F.linear(x, self.used(x.dtype))

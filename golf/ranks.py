@@ -133,7 +133,8 @@ def report_errors(folder # where error-rank<r>.json goes, None = nowhere
 # %% ../nbs/15_ranks.ipynb #fd19406b
 PEAK_FLOPS = {'H100': 989e12, 'H200': 989e12}  # dense bf16, SXM boards
 
-def machine(ranks # `Ranks`
+def machine(ranks, # `Ranks`
+            attention='sdpa' # the kernel that computes it
             ):
     "Device, number of processes, versions."
     cuda = ranks.device.type == 'cuda'
@@ -141,7 +142,7 @@ def machine(ranks # `Ranks`
             else platform.processor() or platform.machine())
     return dict(device=name if cuda else f'CPU {name}',
                 world_size=ranks.world, torch=torch.__version__,
-                attention='sdpa')
+                attention=attention)
 
 # %% ../nbs/15_ranks.ipynb #31c1e797
 def utilisation(flops_per_second, # of the model, over all ranks

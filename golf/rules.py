@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from .data import BOS, read_shard
-from .windows import window_batch
+from .windows import batch_rows, window_batch
 
 # %% ../nbs/17_rules.ipynb #72ffbc74
 class Rule(NamedTuple):
@@ -213,20 +213,20 @@ def probe_forward(book,    # a `RuleBook`
                   windows, # `Windows` of which a row is taken
                   size,    # rows a forward
                   vocab,   # tokens of the alphabet
-                  ranks,   # `Ranks`
-                  length=None # tokens of the row; None: all of a window
+                  ranks    # `Ranks`
                   ):
     "Checks that scores are causal and their probabilities sum to 1."
     k = (2*ranks.rank + 1) * len(windows.starts) // (2*ranks.world)
     row = windows._replace(starts=windows.starts[k:k + 1],
                            counts=windows.counts[k:k + 1])
-    x, y, _ = (t[..., :length].to(ranks.device)
-               for t in window_batch(tokens, row, 0, 1))
-    first = 0 if length else row.first
-    leaks = future_leaks(forward, x, y, vocab, size, first)
-    off = log_mass(forward, x, vocab, size, first).abs().max().item()
+    x, y, _ = (t.to(ranks.device) for t in window_batch(tokens, row, 0, 1))
+    keep = (row.span,) if row.span else ()
+    leaks = future_leaks(lambda x, y, first: forward(x, y, first, *keep),
+                         x, y, vocab, batch_rows(row, size), row.first)
     book.need(not ranks.largest(len(leaks)), 'causal', 'a loss changes '
               f'with tokens after its target (positions {leaks[:4]} here)')
+    if keep: return
+    off = log_mass(forward, x, vocab, size, row.first).abs().max().item()
     off = ranks.largest(off if math.isfinite(off) else math.inf)
     book.need(off <= MASS_ERROR, 'normalized', 'probabilities do not sum to '
               f'1: the log of their sum is off by {off:.2g}')

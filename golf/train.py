@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['SNAPSHOTS', 'Clock', 'step_seconds', 'compile_choice', 'check_run', 'micro_rows', 'schedule_of', 'model_and_forward',
-           'Job', 'set_up', 'accumulate', 'train_step', 'heldout_batch', 'as_trained', 'heldout_loss', 'random_batch',
-           'warm_up', 'no_recompiles', 'log_step', 'log_heldout', 'fix_grids', 'take_formats', 'run_steps', 'switches',
-           'run_state', 'restore_run', 'exported_weights', 'calibration_rows', 'asks_for', 'calibrate', 'dry_run',
-           'calibrate_on_clock', 'run_facts', 'save_checkpoint', 'load_checkpoint', 'load_hessians', 'line_logger',
-           'last_state', 'snapshots_of', 'open_lines', 'train_run', 'train_guarded']
+           'choose_kernels', 'Job', 'set_up', 'accumulate', 'train_step', 'heldout_batch', 'as_trained', 'heldout_loss',
+           'random_batch', 'warm_up', 'no_recompiles', 'log_step', 'log_heldout', 'fix_grids', 'take_formats',
+           'run_steps', 'switches', 'run_state', 'restore_run', 'exported_weights', 'calibration_rows', 'asks_for',
+           'calibrate', 'dry_run', 'calibrate_on_clock', 'run_facts', 'save_checkpoint', 'load_checkpoint',
+           'load_hessians', 'line_logger', 'last_state', 'snapshots_of', 'open_lines', 'train_run', 'train_guarded']
 
 # %% ../nbs/22_train.ipynb #d62c70d6
 import json
@@ -18,7 +18,7 @@ import shutil
 import time
 from collections import deque
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +32,9 @@ from .data import (Dataset, Loader, TokenStream, atomic_path, byte_tables,
                        heldout_tokens, load_tokenizer, target_bytes)
 from .fit import check_knob, open_formats, solve_formats
 from .grid import check_formats, format_of
-from .model import build_model, flops_per_token, parameter_shapes
+from .kernels import KernelChoice, choose_mlp, kernel_ops
+from .model import (build_model, choose_attention, flops_per_token,
+                        parameter_shapes)
 from .muon import Optimizers, build_optimizers, clip_gradients
 from .qat import (QatSchedule, advance_qat, assign_grids, linears,
                       prove_rounding, weights_as)
@@ -163,6 +165,25 @@ def model_and_forward(cfg,    # a `Config`
     return model, (torch.compile(model, fullgraph=True, dynamic=False)
                    if on else model)
 
+# %% ../nbs/22_train.ipynb #539cad47
+def choose_kernels(cfg,  # a `Config`
+                   model,# a `GPT` on its device, not compiled yet
+                   ranks # `Ranks`
+                   ):
+    "Let the layers of `model` use what is faster here: `KernelChoice`."
+    t, m = cfg.train, cfg.model
+    compiled, _ = compile_choice(t.compile, ranks.device)
+    rows = micro_rows(t.batch_tokens // t.seq_len // ranks.world,
+                      t.micro_tokens // t.seq_len)
+    choice = ranks.share(lambda: choose_mlp(
+        t.kernels, compiled, ranks.device, model.stream_dtype,
+        rows * t.seq_len, m.dim, m.mlp_hidden,
+        m.activation == 'leaky_relu2'))
+    if choice.used:
+        kernel_ops()
+        for block in model.blocks: block.mlp.tiles = choice.tiles
+    return choice
+
 # %% ../nbs/22_train.ipynb #d3329ff2
 @dataclass
 class Job:
@@ -180,7 +201,9 @@ class Job:
     formats: tuple          # of the parameters in the artifact
     room: int               # bytes that the packed model may take
     plan: QatSchedule       # when to round
+    kernels: KernelChoice   # what the MLPs compute with
     average: object = None  # of the weights, from the first step on
+    notes: tuple = ()       # lines for the log, of how it was set up
     reserve: float = 0.     # seconds of the budget kept for calibration
     steps: int = 0          # taken
     logged: tuple = (0, 0.) # (step, seconds) of the last line
@@ -200,13 +223,17 @@ def set_up(cfg,   # a `Config`
     tables = byte_tables(load_tokenizer(dataset.tokenizer),
                          cfg.model.vocab_size)
     model, forward = model_and_forward(cfg, dev)
+    rows = micro_rows(t.batch_tokens // t.seq_len // ranks.world,
+                      t.micro_tokens // t.seq_len)
+    notes = choose_attention(model, t.attention, ranks, rows, t.seq_len)
     optimizers = build_optimizers(model.named_parameters(), cfg.optim,
                                   model.stream_dtype, dev.type == 'cuda')
     return Job(cfg, ranks, dataset, loader, heldout,
                int(target_bytes(tables, heldout[:-1], heldout[1:]).sum()),
                model, forward, optimizers, schedule_of(t, cfg.optim),
                cfg.quant.formats, cfg.limit_bytes - code - cfg.fit.margin,
-               QatSchedule(cfg.qat))
+               QatSchedule(cfg.qat), choose_kernels(cfg, model, ranks),
+               notes=notes)
 
 # %% ../nbs/22_train.ipynb #91cef45f
 def accumulate(job, # the run
@@ -540,7 +567,9 @@ def run_facts(job,     # the run, finished
         mfu=mfu, calibration_seconds=calibration, peak_memory_bytes=peak,
         temperature=temperature, formats=[list(f) for f in job.formats],
         n_params=sum(p.numel() for p in job.model.parameters()),
-        hardware=machine(ranks), loader=job.loader.state_dict(),
+        hardware=machine(ranks, job.model.attention),
+        loader=job.loader.state_dict(),
+        kernels=[dict(asdict(job.kernels), tiles=list(job.kernels.tiles))],
         tokenizer_sha256=job.dataset.tokenizer_sha256,
         precision='bf16' if job.model.stream_dtype == torch.bfloat16
                   else 'fp32')
@@ -654,6 +683,8 @@ def train_guarded(job,  # the run, set up
     _, why = compile_choice(cfg.train.compile, ranks.device)
     say(f'{cfg.name} seed {cfg.seed}: {ranks.world} x '
         f'{machine(ranks)["device"]}, {why}', flush=True)
+    for line in job.notes: say(line, flush=True)
+    if ranks.device.type == 'cuda': say(job.kernels.why, flush=True)
     began = time.perf_counter()
     change = warm_up(job)
     if change: say(f'rounding is live: it moves a loss by {change:.2e}')
