@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['HARD', 'linears', 'assign_grids', 'set_rounding', 'refresh_clips', 'qat_alpha', 'QatSchedule', 'apply_qat',
-           'advance_qat', 'weights_as', 'rounding_effect', 'prove_rounding']
+           'keep_in_grid', 'advance_qat', 'weights_as', 'rounding_effect', 'prove_rounding']
 
 # %% ../nbs/12_qat.ipynb #2f92052b
 from contextlib import contextmanager
@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import torch
 
 from .grid import (Linear, check_formats, clip_ratio, format_bits,
-                       format_grid, format_of)
+                       format_grid, format_of, qmax)
 
 # %% ../nbs/12_qat.ipynb #e9ed446c
 def linears(model # any module
@@ -99,6 +99,20 @@ def apply_qat(model, # a `GPT` that has its grids
     set_rounding(model, on)
     for m in linears(model).values(): m.alpha.fill_(alpha)
 
+# %% ../nbs/12_qat.ipynb #5ac700cd
+@torch.no_grad()
+def keep_in_grid(model # a `GPT` that rounds, its clips fresh
+                 ):
+    "Bring weights beyond the edge of their grid back to it."
+    for m in linears(model).values():
+        if m.clip is None: continue
+        edge = m.clip * m.weight.abs().amax(1)
+        low = -edge * (1 + 1/qmax(m.bits))  # a code more below zero
+        m.weight.copy_(torch.minimum(torch.maximum(
+            m.weight, low[:, None]), edge[:, None]))
+        size = m.weight.abs().amax(1)
+        m.clip.copy_(torch.where(size > 0, edge / size, 1.))
+
 # %% ../nbs/12_qat.ipynb #b3f190bd
 def advance_qat(model,    # a `GPT` that has its grids
                 plan,     # its `QatSchedule`
@@ -114,6 +128,7 @@ def advance_qat(model,    # a `GPT` that has its grids
         apply_qat(model, on, alpha)
     if fresh or on and step % plan.qat.refresh_every == 0:
         refresh_clips(model)
+        keep_in_grid(model)
     return on, alpha
 
 # %% ../nbs/12_qat.ipynb #2ad18b92
