@@ -167,7 +167,7 @@ def test_blocks_in_a_wrong_order_are_found(monkeypatch):
         y = right(q, k, v, span, step)
         n = y.size(2) - (k.size(2) - span)
         return torch.cat((y[:, :, :n], y[:, :, n:].flip(2)), 2)
-    monkeypatch.setattr(attention, 'attend_kept', wrong)
+    monkeypatch.setattr('golf.model.attend_kept', wrong)
     with pytest.raises(RuntimeError, match='at 4'):
         check_ends(model, tokens, w, 8, torch.device('cpu'))
 
