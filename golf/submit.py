@@ -1472,7 +1472,8 @@ def requirements(torch_version # of the runs
                  ):
     "requirements.txt: PyTorch as it was, the others as they are here."
     others = [f'{k}=={importlib.metadata.version(k)}'
-              for k in ('numpy', 'sentencepiece', 'zstandard')]
+              for k in ('numpy', 'sentencepiece', 'zstandard',
+                       'constriction')]
     return '\n'.join([f'torch=={torch_version.split("+")[0]}', *others, ''])
 
 # %% ../nbs/31_submit.ipynb #f067805b
