@@ -185,8 +185,9 @@ class KeptRun:
 
 # %% ../nbs/28_compare.ipynb #e29149fc
 FREE = ('data.path', 'data.tokenizer', 'train.device', 'train.threads',
-        'train.compile', 'train.log_every', 'train.heldout_every',
-        'train.snapshot_every', 'score.threads', 'score.compile')
+        'train.compile', 'train.kernels', 'train.log_every',
+        'train.heldout_every', 'train.snapshot_every', 'score.threads',
+        'score.compile')
 
 def flat_settings(cfg,  # a `Config`, or None
                   data  # the `data` section of a result
