@@ -112,13 +112,14 @@ class OptimConfig:
     "Muon for matrices, AdamW for tables and for scalars and vectors."
     __pydantic_config__ = dict(extra='forbid')
     muon: Literal['muon', 'normuon'] = 'muon'
+    orthogonal: Literal['newton_schulz', 'polar_express'] = 'newton_schulz'
     matrix_lr: float = 0.02
     scalar_lr: float = 0.02
     embed_lr: float = 0.03
     momentum: float = 0.99           # Muon's, after its warm-up
     momentum_start: float = 0.92
     momentum_warmup_steps: int = 1500
-    ns_steps: int = 5                # Newton-Schulz iterations
+    ns_steps: int = 5                # iterations of `orthogonal`
     matrix_weight_decay: float = 0.0
     adam_weight_decay: float = 0.0
     beta1: float = 0.9
@@ -129,7 +130,7 @@ class OptimConfig:
     def __post_init__(self):
         for f in fields(self):
             x = getattr(self, f.name)
-            if f.name == 'muon': continue
+            if f.name in ('muon', 'orthogonal'): continue
             _need(x >= 0, f'optim.{f.name}: {x} is negative')
         for key in ('momentum', 'momentum_start', 'beta1', 'beta2'):
             x = getattr(self, key)

@@ -10,12 +10,16 @@ from golf.muon import Muon
 SHAPES = 5 * [(12, 12)] + 3 * [(20, 8)] + [(8, 20)]
 
 
-def train(normuon, steps=8):
+VARIANTS = {"muon": {}, "normuon": dict(normuon=True),
+            "polar": dict(orthogonal="polar_express")}
+
+
+def train(variant, steps=8):
     "Parameters and this rank's state after some steps of made-up gradients."
     torch.set_num_threads(1)
     rng = torch.Generator().manual_seed(0)
     params = [torch.randn(s, generator=rng).requires_grad_() for s in SHAPES]
-    opt = Muon(params, weight_decay=0.1, normuon=normuon)
+    opt = Muon(params, weight_decay=0.1, **VARIANTS[variant])
     for t in range(steps):
         opt.param_groups[0].update(lr=0.02 / (t + 1), momentum=0.85 + 0.01 * t)
         for p in params:
@@ -28,10 +32,10 @@ def worker(rank, world, folder):
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous",
                             rank=rank, world_size=world)
     try:
-        for normuon in (False, True):
-            params, state = train(normuon)
+        for variant in VARIANTS:
+            params, state = train(variant)
             torch.save({"params": params, "state": state},
-                       f"{folder}/{normuon}{rank}.pt")
+                       f"{folder}/{variant}{rank}.pt")
         dist.barrier()
     finally:
         dist.destroy_process_group()
@@ -39,16 +43,16 @@ def worker(rank, world, folder):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    "What each of two ranks was left with, both variants."
+    "What each of two ranks was left with, all variants."
     folder = tmp_path_factory.mktemp("world")
     mp.spawn(worker, args=(2, str(folder)), nprocs=2)
     return folder
 
 
-@pytest.mark.parametrize("normuon", [False, True])
-def test_two_ranks_equal_one(folder, normuon):
-    alone, state = train(normuon)
-    ranks = [torch.load(folder / f"{normuon}{r}.pt") for r in range(2)]
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_two_ranks_equal_one(folder, variant):
+    alone, state = train(variant)
+    ranks = [torch.load(folder / f"{variant}{r}.pt") for r in range(2)]
 
     # Both ranks hold bitwise the same model, and it is that of one process.
     for one, a, b in zip(alone, ranks[0]["params"], ranks[1]["params"]):
@@ -67,7 +71,7 @@ def test_two_ranks_equal_one(folder, normuon):
 
 
 def test_state_of_another_world_is_refused():
-    _, state = train(False, steps=1)
+    _, state = train("muon", steps=1)
     for entry in state["state"].values():
         entry["momentum"] = entry["momentum"][:1]
     params = [torch.zeros(s, requires_grad=True) for s in SHAPES]
