@@ -557,7 +557,8 @@ class Attention(nn.Module):
                 first=0    # outputs of positions first..T-1 only
                 ):
         B, T, d = x.shape
-        q = self.q(x[:, first:]).view(B, T - first, self.heads, -1)
+        end = x[:, first:] if first else x  # one input, one Hessian
+        q = self.q(end).view(B, T - first, self.heads, -1)
         k = self.k(x).view(B, T, self.kv_heads, -1)
         v = self.v(x) if value is None else self.v(x) + value
         q = rotary(rms(q), first) * self.q_gain.to(x.dtype)[:, None]
