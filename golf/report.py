@@ -6,14 +6,13 @@
 __all__ = ['RESULT_SHAPE', 'STAGES', 'INK', 'MUTED', 'FAINT', 'BLUE', 'ORANGE', 'RED', 'HUES', 'STYLE', 'loss_to_bpb',
            'check_leaf', 'check_shape', 'git_commit', 'quant_gap', 'final_score', 'sum_bytes', 'need_true',
            'check_bytes', 'check_rules', 'check_stages', 'check_result', 'build_result', 'write_result', 'read_metrics',
-           'imported_modules', 'code_bytes', 'curve', 'moving_mean', 'late_limits', 'panels', 'corner_label',
-           'draw_loss', 'plot_loss', 'qat_start', 'mark_qat', 'plot_schedule', 'plot_rounding', 'draw_places',
-           'plot_places', 'plot_bits', 'plot_along', 'plot_temperature', 'in_bpb', 'mark_gap', 'plot_stages',
-           'stages_table', 'mark_limit', 'list_parts', 'plot_bytes', 'relative_error', 'pool_by_role',
-           'draw_histograms', 'plot_weights']
+           'curve', 'moving_mean', 'late_limits', 'panels', 'corner_label', 'draw_loss', 'plot_loss', 'qat_start',
+           'mark_qat', 'plot_schedule', 'plot_rounding', 'draw_places', 'plot_places', 'plot_bits', 'plot_along',
+           'plot_temperature', 'in_bpb', 'mark_gap', 'plot_stages', 'stages_table', 'mark_limit', 'list_parts',
+           'plot_bytes', 'relative_error', 'pool_by_role', 'draw_histograms', 'plot_weights']
 
 # %% ../nbs/27_report.ipynb #fefa37bf
-import ast, json, math, os, subprocess
+import json, math, os, subprocess
 from importlib.resources import files
 from pathlib import Path
 import numpy as np
@@ -193,7 +192,7 @@ def build_result(config_name, # "pr137+onegpu"
                  data_info,   # the `data` section, from the scorer
                  stages,      # list of stages, from the scorer
                  by_role,     # bytes of the artifact by role
-                 code_bytes,  # bytes of the golf modules it needs
+                 code_bytes,  # bytes of its packed train_gpt.py
                  limit,       # bytes allowed, code and model together
                  averaging=False, # does the artifact hold averaged weights
                  rules=None   # what each process has checked, dicts
@@ -245,41 +244,6 @@ def read_metrics(path # of `metrics.jsonl`
         except ValueError:
             raise ValueError(f'{path}: line {i + 1} is not JSON') from None
     return lines
-
-# %% ../nbs/27_report.ipynb #f5ed484a
-def imported_modules(path,   # of a module of the package
-                     package # name of the package
-                     ):
-    "Names of the package's modules that this one imports."
-    names = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding='utf8'))):
-        if isinstance(node, ast.Import):
-            names |= {a.name for a in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            source = [package] if node.level else []
-            source = '.'.join(source + [node.module or '']).rstrip('.')
-            names |= {source} | {f'{source}.{a.name}' for a in node.names}
-    ours = {n.removeprefix(package + '.') for n in names
-            if n.startswith(package + '.')}
-    return {n for n in ours if (path.parent/f'{n}.py').is_file()}
-
-# %% ../nbs/27_report.ipynb #92c73120
-def code_bytes(modules,         # where to start: ('golf.train', 'golf.score')
-               package_dir=None # folder of the package; None: this one
-               ):
-    "Bytes of all the package's files that `modules` need, and by file."
-    folder = Path(package_dir or Path(__file__).parent)
-    todo = ['__init__']
-    todo += [m.removeprefix(f'{folder.name}.') for m in modules]
-    sizes = {}
-    while todo:
-        path = folder/f'{todo.pop()}.py'
-        if path.name in sizes: continue
-        if not path.is_file():
-            raise FileNotFoundError(f'no module {path.stem} in {folder}')
-        sizes[path.name] = path.stat().st_size
-        todo += imported_modules(path, folder.name)
-    return sum(sizes.values()), dict(sorted(sizes.items()))
 
 # %% ../nbs/27_report.ipynb #6366c88d
 def curve(lines, # metrics of a run

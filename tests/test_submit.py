@@ -16,13 +16,14 @@ from conftest import golf
 from test_systems import shrink
 
 from golf.artifact import byte_budget
-from golf.cli import counted_code, main
+from golf.cli import main
 from golf.config import config_text, load_run_config, read_config
 from golf.data import read_shard, write_split
 from golf.report import build_result
-from golf.submit import (Fold, file_nodes, learn, pure_functions,
-                         read_units, self_extracting, submission_code,
-                         submit_runs, units_of)
+from golf.onefile import (file_nodes, minified, self_extracting,
+                          submission_bytes, submission_code)
+from golf.settle import Fold, learn, pure_functions, read_units, units_of
+from golf.submit import submit_runs
 
 # golf may be installed where the tests run; the file must not need it
 REFUSE = '''
@@ -51,9 +52,9 @@ def shards_small(shards, tmp_path_factory):
 
 
 def run_file(code, folder, data, nproc=1, args=()):
-    "Run a train_gpt.py in a folder that holds nothing else."
+    "Run a train_gpt.py in a folder that holds nothing else; what it says."
     folder.mkdir()
-    (folder/'train_gpt.py').write_text(code)
+    (folder/'train_gpt.py').write_bytes(code)
     (blocked := folder.parent/'blocked').mkdir(exist_ok=True)
     (blocked/'sitecustomize.py').write_text(REFUSE)
     head = [sys.executable] if nproc == 1 else [
@@ -65,62 +66,90 @@ def run_file(code, folder, data, nproc=1, args=()):
         capture_output=True, text=True,
         env=env | dict(PYTHONPATH=str(blocked), OMP_NUM_THREADS='1'))
     assert done.returncode == 0, done.stderr[-3000:]
-    return next(folder.glob('run-s*')), done.stdout
+    return done.stdout
 
 
-def losses(folder):
-    lines = (folder/'metrics.jsonl').read_text().splitlines()
+def losses(lines):
     return [[m.get(k) for k in ('kind', 'step', 'loss', 'quantized_loss',
-                                'lr', 'qat')] for m in map(json.loads, lines)]
+                                'lr', 'qat')] for m in map(json.loads, lines)
+            if 'kind' in m]
 
 
 def package_stages(run, data, out):
     "What `golf score` says of a run."
-    stages = []
-    for what, path in (('raw', run), ('artifact', run/'model.golf')):
-        main(['score', f'--{what}', str(path), '--data', str(data),
-              '--device', 'cpu', '--json', str(out/f'{what}.json')])
-        stages += json.loads((out/f'{what}.json').read_text())['stages']
+    main(['score', '--artifact', str(run/'model.golf'), '--data', str(data),
+          '--device', 'cpu', '--json', str(out/'s.json')])
+    stages = json.loads((out/'s.json').read_text())['stages']
     return {s['name']: (s['val_loss'], s['val_bpb']) for s in stages}
 
 
-def file_stages(run):
-    stages = json.loads((run/'scores.json').read_text())['stages']
-    return {s['name']: (s['val_loss'], s['val_bpb']) for s in stages}
+def file_stages(lines):
+    return {s['name']: (s['val_loss'], s['val_bpb'])
+            for s in map(json.loads, lines) if 'val_bpb' in s}
 
 
-def compare(name, data, tmp_path, nproc=1, compress=False):
+def compare(name, data, tmp_path, nproc=1, packed=False, more=None):
     "Package and file at the same seed: losses, artifact and scores."
     small = shrink(name)
+    for k, values in (more or {}).items():
+        small[k] = small.get(k, {}) | values
     small['train'] |= dict(steps=6, heldout_every=3)
     cfg, _ = load_run_config(name, 7, str(data), small)
-    code, _ = submission_code(cfg, counted_code())
-    if compress: code = self_extracting(code)
-    mine, said = run_file(code, tmp_path/'empty', data, nproc,
-                          ['--seed', '7'])
+    room = submission_bytes(cfg)
+    code = submission_code(cfg, room)[0]
+    code = self_extracting(code, room) if packed else code.encode()
+    said = run_file(code, tmp_path/'empty', data, nproc, ['--seed', '7'])
+    lines = [x for x in said.split('\n') if x[:1] == '{']
     ours = tmp_path/'ours'
     args = ('train', name, '--seed', '7', '--data', str(data), '--out',
             str(ours), '--overrides', json.dumps(small))
     main(args) if nproc == 1 else golf(*args, nproc=nproc)
-    assert losses(mine) == losses(ours)
-    assert ((mine/'model.golf').read_bytes()
+    assert losses(lines) == losses((ours/'metrics.jsonl').read_text()
+                                   .splitlines())
+    assert ((tmp_path/'empty/model-s7.golf').read_bytes()
             == (ours/'model.golf').read_bytes())
-    scores = file_stages(mine)
+    scores = file_stages(lines)
     assert scores == package_stages(ours, data, tmp_path)
-    assert f'{len(code.encode()):,} bytes of' in said
+    assert f'{len(code):,} bytes of' in said
+    if packed: assert len(code) == room
     return scores
 
 
 def test_576_to_the_last_digit(shards_small, tmp_path):
     "EMA, GPTQ, a fitted grid, temperature and test-time training."
     scores = compare('pr576', shards_small, tmp_path)
-    assert set(scores) == {'raw', 'averaged', 'quantized', 'sliding', 'ttt'}
+    assert set(scores) == {'quantized', 'sliding', 'ttt'}
 
 
-def test_137_compressed_by_two_processes(shards_small, tmp_path):
+def test_137_packed_by_two_processes(shards_small, tmp_path):
     "torchrun, and the form that unpacks itself."
-    scores = compare('pr137', shards_small, tmp_path, 2, compress=True)
-    assert set(scores) == {'raw', 'quantized', 'sliding'}
+    scores = compare('pr137', shards_small, tmp_path, 2, packed=True)
+    assert set(scores) == {'quantized', 'sliding'}
+
+
+@pytest.mark.parametrize('more', [
+    dict(model=dict(isolate_documents=True)),
+    dict(model=dict(isolate_documents=True), train=dict(attention='plain')),
+    dict(score=dict(method='kept', kept_windows=3))])
+def test_what_the_config_settles(more, shards_small, tmp_path):
+    "Documents apart, a kernel by its name, windows that keep their keys."
+    compare('pr137', shards_small, tmp_path, packed=True, more=more)
+
+
+def test_kernels_only_by_name():
+    "None are measured, unless the config asks for one."
+    code, _ = submission_code(load_run_config('pr137')[0])
+    for name in ('flash', 'KERNELS', 'product_kernel', 'pick_attention',
+                 'attend_kept', 'time_ms', 'document_numbers'):
+        assert f' {name}' not in code, name
+    code, _ = submission_code(load_run_config('pr137', overrides=dict(
+        train=dict(attention='flash3', kernels='on')))[0])
+    for name in ('flash3_forward', 'KERNELS', 'product_kernel'):
+        assert f' {name}' in code, name
+    for name in ('flash4_forward', 'plain_forward', 'pick_attention'):
+        assert name not in code, name
+    small, _ = minified(code.partition('\nif __name__')[0])
+    assert '(a,b,out,saved,M,N,K,LEAKY,BACKWARD,UNIT,BM' in small
 
 
 @pytest.mark.slow
@@ -147,12 +176,10 @@ def test_every_name_is_there(name, codes):
                 top = (getattr(node, 'module', '') or a.name).split('.')[0]
                 assert top in sys.stdlib_module_names | {
                     'torch', 'numpy', 'sentencepiece', 'zstandard',
-                    'constriction',
-                    'flash_attn', 'flash_attn_interface',  # where there
-                    'triton'}
+                    'constriction', 'flash_attn',
+                    'flash_attn_interface'}  # where there
     table = symtable.symtable(code, 'train_gpt.py', 'exec')
-    here = {s.get_name() for s in table.get_symbols()} | {
-        '__file__', 'tl'}  # a kernel gets `tl` when it is launched
+    here = {s.get_name() for s in table.get_symbols()} | {'__file__'}
     todo = [table]
     while todo:
         scope = todo.pop()
@@ -181,9 +208,9 @@ def test_the_count_does_not_depend_on_seed_or_place(codes):
     moved = replace(cfg, seed=42, data=replace(
         cfg.data, path='/somewhere/else/fineweb10B_sp1024'))
     assert submission_code(moved)[0] == code
-    counted = submission_code(cfg, 123_456)[0]
-    assert len(counted.encode()) == len(code.encode())
-    assert '123456' in counted
+    assert '123456' in submission_code(cfg, 123_456)[0]
+    sizes = {len(self_extracting(code, room)) for room in (0, 123_456)}
+    assert len(sizes) == 1
 
 
 # ---- folding, on random programs
@@ -282,6 +309,24 @@ def test_folding_changes_nothing(seed):
     assert shrunk > 50
 
 
+def test_short_names_change_nothing():
+    "Random programs again; names in the functions are made to clash."
+    for seed in range(150):
+        rng = random.Random(seed)
+        text = random_program(rng)
+        small, names = minified(text)
+        assert len(small) < len(text)
+        cfg = ProgramConfig(PartConfig(rng.randrange(3), True, 'x'), 2)
+        results = []
+        for source, name in ((text, str), (small, names.get)):
+            space, seen = {}, [5]
+            exec(source, space)
+            try: out = space[name('main')](cfg, seen)
+            except TypeError as e: out = type(e)
+            results.append(repr((out, seen, space[name('log')])))
+        assert results[0] == results[1], f'{text}\n---\n{small}'
+
+
 def test_checks_go_and_effects_stay():
     text = '''
 def note(log): log.append(1)
@@ -365,14 +410,15 @@ def test_a_records_folder(three_runs, tmp_path):
                         any_code=True)
     assert {p.name for p in out.iterdir()} == {
         'README.md', 'submission.json', 'requirements.txt', 'train_gpt.py',
+        'train_gpt_readable.py',
         'train_seed1.log', 'train_seed2.log', 'train_seed3.log',
         'loss.png', 'scores.png', 'bytes.png'}
     facts = json.loads((out/'submission.json').read_text())
     assert {'author', 'github_id', 'name', 'blurb', 'date', 'val_loss',
             'val_bpb', 'bytes_total', 'bytes_code'} <= facts.keys()
     size = (out/'train_gpt.py').stat().st_size
-    assert sizes['readable'] == size == facts['bytes_code']
-    assert sizes['compressed'] < size/2
+    assert size == facts['bytes_code']
+    assert sizes['packed'] == size < sizes['readable']/2
     final = json.loads((three_runs[0]/'result.json').read_text())
     assert facts['val_bpb'] == pytest.approx(final['final']['val_bpb'])
     assert facts['bytes_total'] == size + final['bytes']['model']
@@ -383,10 +429,11 @@ def test_a_records_folder(three_runs, tmp_path):
     assert [p.name for p in out.parent.iterdir()] == ['mine']
 
 
-def test_the_compressed_form_is_smaller(three_runs, tmp_path):
+def test_the_readable_form(three_runs, tmp_path):
     out = tmp_path/'mine'
-    sizes = submit_runs(three_runs, out, compress=True, any_code=True)
-    assert (out/'train_gpt.py').stat().st_size == sizes['compressed']
+    sizes = submit_runs(three_runs, out, readable=True, any_code=True)
+    assert (out/'train_gpt.py').stat().st_size == sizes['readable']
+    assert not (out/'train_gpt_readable.py').exists()
 
 
 @pytest.mark.parametrize('break_it, says', [
@@ -415,8 +462,8 @@ def test_over_the_limit_and_in_the_way(three_runs, tmp_path):
     for run in three_runs:
         text = (run/'params.yaml').read_text()
         (run/'params.yaml').write_text(text.replace('limit_bytes: 16000000',
-                                                    'limit_bytes: 70000'))
-    with pytest.raises(ValueError, match='over 70,000'):
+                                                    'limit_bytes: 15000'))
+    with pytest.raises(ValueError, match='over 15,000'):
         submit_runs(three_runs, tmp_path/'mine', any_code=True)
     (tmp_path/'mine').mkdir()
     with pytest.raises(FileExistsError, match='there already'):
