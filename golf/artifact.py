@@ -15,7 +15,6 @@ __all__ = ['MAGIC', 'VERSION', 'PREFIX', 'CHECKSUM_BYTES', 'MAX_HEADER', 'MAX_RA
 import hashlib
 import json
 import math
-import os
 import struct
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -26,6 +25,7 @@ import zstandard
 
 # %% ../nbs/24_artifact.ipynb #0527b3d0
 from .codec import decode_codes, encode_codes
+from .data import atomic_path, available_cores
 from .fit import fit_export, quantize_pruned
 from .gptq import gptq_state
 from .grid import FORMATS, format_bits, qmax, role_of
@@ -45,11 +45,10 @@ class ArtifactError(ValueError):
     "A model file that is damaged, foreign, or says something impossible."
 
 # %% ../nbs/24_artifact.ipynb #8d56b678
-def zstd_pack(raw:bytes, # what to compress
-              level:int=22 # zstd level, 1 to 22
+def zstd_pack(raw:bytes # what to compress
               ) -> bytes: # one frame; its head states len(raw)
     "Compress to one zstd frame; the same bytes each time."
-    return zstandard.ZstdCompressor(level=level).compress(raw)
+    return zstandard.ZstdCompressor(level=22).compress(raw)
 
 # %% ../nbs/24_artifact.ipynb #d96ad4ca
 def frame_size(packed:bytes, # one zstd frame
@@ -257,13 +256,12 @@ def group_by_role(tensors:dict # parameter's name -> QuantTensor
 CODES_LENGTH = struct.Struct("<I") # before the codes of a stream
 
 def pack_stream(group:list, # QuantTensors of one role
-                level:int=22 # zstd level
                 ) -> bytes: # the frame
     "Compress a stream: codes by their coder, the rest by zstd."
     mats = [t.codes.numpy() for t in group if t.codes is not None]
     codes = encode_codes(mats) if mats else b""
     rest = stream_bytes(group)[sum(m.size for m in mats):]
-    return CODES_LENGTH.pack(len(codes)) + codes + zstd_pack(rest, level)
+    return CODES_LENGTH.pack(len(codes)) + codes + zstd_pack(rest)
 
 # %% ../nbs/24_artifact.ipynb #b0e0102d
 def unpack_stream(frame:bytes, # of `pack_stream`
@@ -275,6 +273,8 @@ def unpack_stream(frame:bytes, # of `pack_stream`
     start = CODES_LENGTH.size
     if len(frame) < start: raise ArtifactError(f"{what} is cut short")
     end = start + CODES_LENGTH.unpack_from(frame)[0]
+    if end > start and not shapes:
+        raise ArtifactError(f"{what} has codes, but no tensor of codes")
     try: mats = decode_codes(frame[start:end], shapes) if shapes else []
     except ValueError as error:
         raise ArtifactError(f"{what}: {error}") from None
@@ -295,13 +295,11 @@ def stream_entry(role:str, # of the stream
 # %% ../nbs/24_artifact.ipynb #23e36d9b
 def pack_artifact(tensors:dict, # parameter's name -> QuantTensor
                   meta:dict, # JSON values: configuration, hashes, seed
-                  level:int=22 # zstd level
                   ) -> bytes: # the artifact, the same each time
     "Pack quantised weights, one compressed stream a role."
     groups = group_by_role(tensors)
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        frames = list(pool.map(lambda group: pack_stream(group, level),
-                               groups.values()))
+    with ThreadPoolExecutor(available_cores()) as pool:
+        frames = list(pool.map(pack_stream, groups.values()))
     entries = [stream_entry(role, groups[role], frame)
                for role, frame in zip(groups, frames)]
     if sum(s["raw"] for s in entries) > MAX_RAW:
@@ -434,13 +432,7 @@ def write_artifact(path:Path, # where the model goes
                    blob:bytes # from pack_artifact
                    ):
     "Write an artifact atomically."
-    path = Path(path)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        part.write_bytes(blob)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    with atomic_path(path) as part: part.write_bytes(blob)
 
 # %% ../nbs/24_artifact.ipynb #1b2dc373
 def read_artifact(path:Path # a model.golf
@@ -533,8 +525,7 @@ def export_artifact(state,            # parameter's name -> trained tensor
     formats = [tuple(f) for f in formats or cfg.quant.formats]
     quantise = rounding_rule(cfg, hessians, ranks)
     def pack(tensors):
-        return ranks.share(lambda: pack_artifact(tensors, meta,
-                                                 cfg.quant.zstd_level))
+        return ranks.share(lambda: pack_artifact(tensors, meta))
     if cfg.fit.enabled:
         diagonals = {k: h.diagonal() for k, h in (hessians or {}).items()}
         return fit_export(state, quantise, pack, cfg.limit_bytes - code,

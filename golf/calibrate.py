@@ -103,7 +103,8 @@ def fit_temperature(model, # a `GPT`, not compiled, weights as exported
     for _ in range(20):
         _, slope, curve = temperature_slopes(model, rows, ranks, batch,
                                              beta).tolist()
-        step = slope / max(curve, 1e-12)
+        if curve < 1e-3: break  # right about every target
+        step = slope / curve
         last, beta = beta, min(max(beta - step, beta/2), 2*beta)
         if abs(beta/last - 1) < 1e-3: return 1/beta
     raise ValueError('temperature: no minimum found, the last was '

@@ -11,6 +11,7 @@ __all__ = ['CHECK_ERROR', 'read_ids', 'weigh_targets', 'losses_by_definition', '
 import hashlib
 import json
 import math
+import secrets
 import time
 from pathlib import Path
 
@@ -20,17 +21,17 @@ import torch
 # %% ../nbs/32_check.ipynb #ff6423c5
 from .build import (CANONICAL, CANONICAL_ROW, canonical_verdict,
                         count_documents, first_documents)
-from .config import ScoreConfig, TttConfig
+from .config import ScoreConfig, TttConfig, read_config
 from .corpus import resolve_dataset
 from .data import atomic_path, load_tokenizer
-from .ranks import Ranks, machine, pick_device
 from .onefile import submission_bytes
+from .ranks import Ranks, machine, pick_device
 from .report import check_result, git_commit
 from .rules import (RuleBook, RuleBreach, check_byte_count,
                         check_disjoint, check_size, note_split,
                         probe_forward, probe_pass, rules_section)
-from .score import (artifact_model, check_text, row_windows,
-                        score_artifact, short_windows, sliding_plan)
+from .score import (artifact_model, check_text, deterministic,
+                        row_windows, score_artifact, short_windows, sliding_plan)
 from .ttt import score_ttt, ttt_stage
 from .windows import plan_windows, row_sums
 
@@ -134,6 +135,10 @@ def check_stage(model,     # a `GPT`
     model.temperature.fill_(T)
     if not along: return check_mean(model, ids, stage, score.batch, L,
                                     stride, positions, seed, kept)
+    parts = np.diff([[0, 0.], *along], axis=0)[:, 0]
+    if along[-1][0] != n or not (parts > 0).all(): return dict(
+        how='the record does not cover the text', targets=0, off=None,
+        allowed=CHECK_ERROR)
     off, count = [abs(along[-1][1]/n - stage['val_loss'])], 0
     for begin, end, nats in draw_segments(along, positions, seed):
         plan = segment_plan(n, L, stride, begin, end, kept)
@@ -308,9 +313,10 @@ def check_model(book,    # a `RuleBook`
     for w in sliding_plan(len(ids) - 1, short_windows(score, 256)):
         probe_forward(book, model, ids, w, score.batch, vocab, ranks)
     n = 6 * score.seq_len
-    if ttt.enabled and n < len(ids): probe_pass(
-        book, lambda t: ttt_losses(model, t, score, ttt, ranks),
-        ids[:n + 1], vocab, (n//3, n//2))
+    if ttt.enabled and n < len(ids):
+        with deterministic(True): probe_pass(
+            book, lambda t: ttt_losses(model, t, score, ttt, ranks),
+            ids[:n + 1], vocab, (n//3, n//2))
 
 # %% ../nbs/32_check.ipynb #ea84b7d7
 def run_checks(calls # {name: (function, its arguments...)}
@@ -348,11 +354,12 @@ def check_run_folder(folder,        # of a run: result.json, model.golf
                      positions=16_384, # targets to score again, 0: all
                      tokenizer='',  # if not the data's own
                      device='auto', # "auto", "cpu" or "cuda"
-                     seed=0,        # of the draws
+                     seed=None,     # of the draws; None: nobody knows it
                      look=1 << 24   # tokens of each training shard
                      ):
     "The report on a run, JSON values."
     began, folder = time.perf_counter(), Path(folder)
+    if seed is None: seed = secrets.randbelow(2**32)
     raw, path = (folder/'result.json').read_bytes(), folder/'model.golf'
     result, kept = json.loads(raw), folder/'packed.json'
     check_result(result)
@@ -371,6 +378,7 @@ def check_run_folder(folder,        # of a run: result.json, model.golf
                    positions, seed, ranks)})
     return close_report(parts, breaches, book, result, dict(
         schema=1, config=result['config'], seed=result['seed'],
+        draws=seed,
         result_sha256=hashlib.sha256(raw).hexdigest(),
         model_sha256=hashlib.sha256(path.read_bytes()).hexdigest(),
         hardware=machine(ranks), positions=positions,

@@ -22,9 +22,9 @@ from pathlib import Path
 
 from .artifact import (byte_budget, check_limit, export_artifact,
                            write_artifact)
-from .bench import (attention_text, bench_attention, bench_kernel_rows,
-                        bench_same, bench_sliding, bench_threads,
-                        bench_train, kernels_text, measurement, plot_rows,
+from .bench import (attention_text, bench_attention, bench_same,
+                        bench_sliding, bench_threads, bench_train,
+                        kernels_text, measurement, plot_rows,
                         plot_same, plot_step, plot_train, profile_step,
                         same_text, save_measurement, step_text, train_text,
                         without_data)
@@ -38,6 +38,7 @@ from .docs import build_docs
 from .fit import open_formats, with_reach
 from .grid import format_of
 from .hub import VARIANTS, download_variant
+from .kernels import bench_kernels
 from .launch import abandon_run, finish_run, prepare_run
 from .model import (expected_bytes, flops_per_token, parameter_shapes,
                         parameter_table)
@@ -177,7 +178,7 @@ def train_command(a # parsed arguments
             pack_run(folder, ranks)
             if ranks.first: finish_run(folder, out)
         except BaseException:
-            if ranks.first: abandon_run(folder, out)
+            if ranks.first: print(abandon_run(folder, out), flush=True)
             raise
 
 # %% ../nbs/36_cli.ipynb #aa5bef02
@@ -277,15 +278,16 @@ def add_compare(sub # subparsers
 def check_command(a # parsed arguments
                   ):
     "`golf check`: count and score again, and compare with result.json."
+    os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
     params = Path(a.folder)/'params.yaml'
-    data = a.data or (read_config(params).data.path if params.is_file()
-                      else 'embedded')
-    report = check_run_folder(a.folder, data, a.positions, a.tokenizer,
-                              a.device)
+    own = params.is_file() and not a.data and read_config(params).data
+    report = check_run_folder(
+        a.folder, own.path if own else a.data or 'embedded', a.positions,
+        a.tokenizer or (own.tokenizer if own else ''), a.device)
     write_check(a.folder, report)
     for rule, outcome in report['rules']['checks'].items():
         print(f'{rule:16} {outcome}')
-    for name, s in report['stages'].items():
+    for name, s in report.get('stages', {}).items():
         print(f'{name:16} off by {s["off"]} nats a target ({s["how"]})')
     for line in report['breaches']: print(line)
     if not report['ok']: sys.exit('golf: the run does not hold: ' + ', '.join(
@@ -422,6 +424,8 @@ def config_asked(a,       # parsed arguments
     tree = merge(parse_yaml(a.overrides, '--overrides'),
                  parse_yaml(over, 'a mapping'))
     cfg, _ = load_run_config(a.config, a.seed, a.data, tree)
+    device = 'cpu' if a.what == 'threads' else a.device or cfg.train.device
+    cfg = replace(cfg, train=replace(cfg.train, device=device))
     return cfg if a.data else without_data(cfg)
 
 def step_asked(a, cfg, ranks):
@@ -436,6 +440,8 @@ def train_asked(a, cfg, ranks):
     env = dict(pair.split('=', 1) for pair in a.env)
     facts = bench_train(cfg, a.seconds or 60, a.repeat, a.against, env,
                         a.against_tokens, a.cold, ranks)
+    facts |= dict(against=a.against, env=env, cold=a.cold,
+                  against_tokens=a.against_tokens)
     return facts, train_text(facts), plot_train(facts, cfg.name)
 
 def attention_asked(a, cfg, ranks):
@@ -460,6 +466,7 @@ def same_asked(a, cfg, ranks):
     "`golf bench same`."
     facts = bench_same(config_asked(a, a.reference),
                        config_asked(a, a.fast), ranks, a.steps or 300)
+    facts |= dict(reference=a.reference, fast=a.fast)
     return facts, same_text(facts), plot_same(facts, cfg.name)
 
 def threads_asked(a, cfg, ranks):
@@ -472,7 +479,7 @@ def threads_asked(a, cfg, ranks):
 
 def kernels_asked(a, cfg, ranks):
     "`golf bench kernels`."
-    rows = bench_kernel_rows()
+    rows = bench_kernels(ranks.device)
     return dict(rows=rows), kernels_text(rows), plot_rows(
         rows, 'name', ['plain_ms', 'compiled_ms', 'kernel_ms'], 'ms',
         floor='floor_ms')
@@ -487,14 +494,16 @@ def bench_command(a # parsed arguments
     "`golf bench`: measure, print, and keep."
     artifact = a.what == 'sliding'
     cfg = None if artifact else config_asked(a)
-    device = a.device or (cfg.train.device if cfg else 'auto')
-    if a.what == 'threads': device = 'cpu'
-    if cfg: cfg = replace(cfg, train=replace(cfg.train, device=device))
+    device = cfg.train.device if cfg else a.device or 'auto'
     with start_ranks(device, cfg.train.threads if cfg else 0) as ranks:
+        if ranks.world > 1: raise ValueError(
+            'golf bench measures one process; start it without torchrun')
         facts, text, fig = BENCHES[a.what](a, cfg, ranks)
         name = Path(a.config).stem if artifact else cfg.name
         source = a.config if artifact else config_text(cfg)
         found = measurement(a.what, name, source, ranks, **facts)
+        found |= dict(overrides=a.overrides, time=time.strftime(
+            '%Y-%m-%dT%H:%M:%SZ', time.gmtime()))
         if a.label: found['label'] = a.label
         if text: print(text)
         print(save_measurement(a.out, found, fig), flush=True)

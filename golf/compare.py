@@ -267,7 +267,8 @@ def hardware_notes(runs # `KeptRun`s of one config
         found = {str(r.result['hardware'][key]) for r in runs}
         if len(found) > 1: notes.append(f'runs differ in hardware.{key}: '
                                         + ', '.join(sorted(found)))
-    commits = {r.result['commit'][:12] for r in runs}
+    commits = {c[:12] + '-dirty'*c.endswith('-dirty')
+               for c in (r.result['commit'] for r in runs)}
     if len(commits) > 1: notes.append('runs are of several commits: '
                                       + ', '.join(sorted(commits)))
     tokens = [r.result['train']['tokens'] for r in runs]

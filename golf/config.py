@@ -151,6 +151,8 @@ def _check_time(t # a `TrainConfig`
           'train.warmdown_steps, train.warmdown_fraction: give one')
     _need(min(x for x in down if x is not None) >= 0,
           'train.warmdown_steps, train.warmdown_fraction: negative')
+    _need((t.warmdown_fraction or 0) <= 1, f'train.warmdown_fraction: '
+          f'{t.warmdown_fraction} is above 1 (it is a part of the budget)')
 
 # %% ../nbs/00_config.ipynb #d15dd9cb
 @dataclass(frozen=True)
@@ -185,6 +187,9 @@ class TrainConfig:
         _need_positive('train', self, 'batch_tokens', 'micro_tokens',
                        'seq_len', 'log_every', 'heldout_every',
                        'warmup_steps')
+        _need(self.tokens is None or self.tokens >= self.batch_tokens,
+              f'train.tokens: {self.tokens} is less than a step of '
+              f'train.batch_tokens = {self.batch_tokens}')
         for key in ('threads', 'snapshot_every'):
             _need(getattr(self, key) >= 0,
                   f'train.{key}: {getattr(self, key)} < 0')
@@ -248,11 +253,6 @@ class QuantConfig:
     "What the artifact stores."
     __pydantic_config__ = dict(extra='forbid')
     formats: tuple[tuple[str, str], ...] = ()
-    zstd_level: int = 22
-
-    def __post_init__(self):
-        _need(1 <= self.zstd_level <= 22, f'quant.zstd_level: '
-              f'{self.zstd_level} is outside 1..22')
 
 # %% ../nbs/00_config.ipynb #abd88880
 @dataclass(frozen=True)
@@ -369,6 +369,11 @@ class Config:
         _need(t.batch_tokens % row == 0, f'train.batch_tokens: '
               f'{t.batch_tokens} is not a multiple of data.spans * '
               f'train.seq_len = {self.data.spans} * {t.seq_len} = {row}')
+        _need(self.data.heldout_tokens > t.seq_len, f'data.heldout_tokens: '
+              f'{self.data.heldout_tokens} holds no row of train.seq_len = '
+              f'{t.seq_len} and its targets')
+        _need(0 <= self.seed < 2**63,
+              f'seed: {self.seed} is outside 0..2**63 - 1')
         _need(self.limit_bytes > 0,
               f'limit_bytes: {self.limit_bytes} is not positive')
         _need(self.average.method != 'swa' or t.min_lr < self.average.below,

@@ -29,7 +29,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .data import (Dataset, atomic_path, encode_documents, load_tokenizer,
+from .data import (BOS, Dataset, atomic_path, encode_documents, load_tokenizer,
                        open_dataset, shards_fingerprint, tokenizer_sha256,
                        train_tokenizer, val_targets, write_split)
 
@@ -388,7 +388,7 @@ def text_baselines(dataset,  # Dataset
     "Order-0 entropy and `xz -9e` on the decoded validation text."
     sp = load_tokenizer(dataset.tokenizer)
     ids = val_targets(dataset.val, 1, "all")
-    parts = np.split(ids, np.flatnonzero(ids == 1))
+    parts = np.split(ids, np.flatnonzero(ids == BOS))
     text = "\n".join(sp.decode(p[1:].tolist()) for p in parts[1:]).encode()
     counts = np.bincount(np.frombuffer(text, np.uint8))
     p = counts[counts > 0] / len(text)

@@ -297,7 +297,7 @@ def find_tokenizer(folder,      # the folder of the shards
     if beside: return beside[0]
     named = re.search(r"sp(\d+)$", folder.name)
     size = named[1] if named else vocab_size
-    official = folder.resolve().parents[1]/"tokenizers"
+    official = folder.resolve().parent.parent/"tokenizers"
     path = official/f"fineweb_{size}_bpe.model"
     if not path.is_file():
         raise FileNotFoundError(f"{folder}: no *.model beside the shards and "
@@ -490,6 +490,7 @@ def fill_queue(items,  # iterator
         for item in items:
             put(item)
             if stop.is_set(): return
+        put(EOFError("nothing is left to read ahead"))
     except Exception as error:
         put(error)
 
@@ -618,8 +619,12 @@ class Loader:
 # %% ../nbs/01_data.ipynb #43d74e98
 def available_cores() -> int:
     "The cores that this process may run on."
-    if hasattr(os, "sched_getaffinity"): return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    here = hasattr(os, "sched_getaffinity")
+    cores = len(os.sched_getaffinity(0)) if here else os.cpu_count() or 1
+    try: quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+    except (OSError, ValueError): return cores
+    if quota == "max": return cores
+    return max(1, min(cores, int(quota) // int(period)))
 
 # %% ../nbs/01_data.ipynb #88b0f524
 def val_targets(files,    # paths of the val shards, in order

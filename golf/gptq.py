@@ -12,6 +12,7 @@ import math
 import torch
 
 # %% ../nbs/23_gptq.ipynb #aef17ba3
+from .fit import prune_mask
 from .grid import (best_clip, check_formats, clip_ratio, format_bits,
                        format_grid, format_of, qmax, row_inverse, row_scale,
                        stored_format)
@@ -100,9 +101,7 @@ def kept_weights(w,     # [rows, cols]
                  power  # [cols] mean square of each input: diag H
                  ):
     "True but for the share of the weights with the least w^2 H_jj."
-    cost, count = w.square() * power, int(share * w.numel())
-    if not count: return torch.ones_like(w, dtype=torch.bool)
-    return cost > cost.flatten().kthvalue(count).values
+    return ~prune_mask(w.square() * power, share)
 
 # %% ../nbs/23_gptq.ipynb #c2ea5029
 def gptq_scale(w,      # [rows, cols], float32

@@ -174,7 +174,7 @@ def grid_reach(fmt, # a format of integers
                ):
     "Where the grid of a row of Gaussian weights ends, in deviations."
     bits, rule, number = format_grid(fmt)
-    largest = math.sqrt(2*math.log(n))
+    largest = math.sqrt(2*math.log(max(n, 2)))
     if rule == 'sd': return number
     if rule == 'q': return NormalDist().inv_cdf((1 + number)/2)
     return min(largest, gaussian_reach(bits)) if rule == 'mse' else largest
@@ -188,7 +188,7 @@ def expected_bytes(shape, # of a parameter
     if not bits: return size * (4 if fmt == 'float32' else 2)
     reach = grid_reach(fmt, shape[-1])
     steps = math.sqrt(2*math.pi*math.e) * qmax(bits) / reach
-    return round(size*math.log2(steps)/8 + 2*shape[0])
+    return round(size*max(math.log2(steps), 0.)/8 + 2*shape[0])
 
 # %% ../nbs/09_model.ipynb #3a2eab86
 def meta_model(cfg # a `ModelConfig`

@@ -124,8 +124,9 @@ def advance_qat(model,    # a `GPT` that has its grids
     "Round, sharpen and refresh as planned; (on, alpha)."
     on, alpha, fresh = plan.update(step, fraction, lr)
     if fresh and begin: begin()
-    if fresh or on and plan.qat.rounding == 'soft':
-        apply_qat(model, on, alpha)
+    if fresh: apply_qat(model, on, alpha)
+    elif on and plan.qat.rounding == 'soft':
+        for m in linears(model).values(): m.alpha.fill_(alpha)
     if fresh or on and step % plan.qat.refresh_every == 0:
         refresh_clips(model)
         keep_in_grid(model)

@@ -149,6 +149,7 @@ def utilisation(flops_per_second, # of the model, over all ranks
                 ranks             # `Ranks`
                 ):
     "Share of the data sheet's peak, None where there is none."
-    peaks = [v for k, v in PEAK_FLOPS.items() if k in
-             machine(ranks)['device']]
+    name = machine(ranks)['device']
+    peaks = [v for k, v in PEAK_FLOPS.items() if k in name
+             and 'PCIe' not in name and 'NVL' not in name]
     return flops_per_second / peaks[0] / ranks.world if peaks else None

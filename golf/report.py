@@ -12,13 +12,14 @@ __all__ = ['RESULT_SHAPE', 'STAGES', 'INK', 'MUTED', 'FAINT', 'BLUE', 'ORANGE', 
            'plot_bytes', 'relative_error', 'pool_by_role', 'draw_histograms', 'plot_weights']
 
 # %% ../nbs/27_report.ipynb #fefa37bf
-import json, math, os, subprocess
+import json, math, subprocess
 from importlib.resources import files
 from pathlib import Path
 import numpy as np
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
+from .data import atomic_path
 from .rules import rules_section
 
 # %% ../nbs/27_report.ipynb #7db5268f
@@ -225,11 +226,8 @@ def write_result(path,  # of `result.json`
                  ):
     "Check `result` and write it atomically."
     check_result(result)
-    path = Path(path)
-    partial = path.with_name(f'.{path.name}.{os.getpid()}')
-    partial.write_text(json.dumps(result, indent=2, allow_nan=False) + '\n',
-                       encoding='utf8')
-    os.replace(partial, path)
+    text = json.dumps(result, indent=2, allow_nan=False) + '\n'
+    with atomic_path(path) as partial: partial.write_text(text, 'utf8')
 
 # %% ../nbs/27_report.ipynb #5fe9aedf
 def read_metrics(path # of `metrics.jsonl`

@@ -122,12 +122,13 @@ class Ledger:
         "Enter the scores of rows; a breach unless they come next."
         firsts = np.concatenate([w.starts + w.first for w in plan])
         counts = np.concatenate([w.counts for w in plan])
+        if not len(nats) == len(counts) == len(times): raise ValueError(
+            f'{self.name}: {len(nats)} scores and {len(times)} counts of '
+            f'{len(counts)} rows')
         due = self.done + np.cumsum(counts) - counts
         for i in np.flatnonzero((firsts != due) | (np.asarray(times) != 1)):
             why = out_of_turn(int(firsts[i]), int(due[i]), int(times[i]))
             self.book.breach('scored_once', f'{self.name}: {why}')
-        if not len(nats) == len(counts) == len(times):
-            raise ValueError(f'{len(nats)} scores of {len(counts)} rows')
         self.done += int(counts.sum())
         if self.done > self.targets: self.book.breach(
             'scored_once', f'{self.name}: {self.done} scores of '

@@ -45,6 +45,7 @@ def to_host(copy, # from `copy_state`
             ):
     "The copy in the memory of the CPU."
     if done is None: return copy
+    torch.cuda.set_device(done.device)  # a new thread is on GPU 0
     aside = torch.cuda.Stream()
     with torch.cuda.stream(aside):
         aside.wait_event(done)

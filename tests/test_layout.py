@@ -85,11 +85,15 @@ def test_training_and_scoring_need_no_validation_library():
 
 def test_importing_does_no_work():
     "No module reads files, arguments or devices when it is imported."
-    code = ('import sys, builtins; import torch, matplotlib.pyplot\n'
+    code = ('import sys, builtins, io; import torch, matplotlib.pyplot\n'
             'import numpy, sentencepiece, zstandard, json, multiprocessing\n'
+            'import yaml, pydantic, torch.distributed, torch.profiler\n'
+            'import matplotlib.figure, huggingface_hub, constriction\n'
             'def no(*a, **k): raise AssertionError("work at import")\n'
             'import subprocess; subprocess.Popen = no\n'
+            'builtins.open = io.open = no\n'
             'torch.cuda.init = torch.manual_seed = no\n'
+            'torch.cuda.is_available = torch.cuda.device_count = no\n'
             + '\n'.join(f'import golf.{m}' for m in NUMBER))
     subprocess.run([sys.executable, '-c', code], check=True, cwd=ROOT)
 

@@ -225,6 +225,10 @@ def test_the_checker_follows_the_method():
         found = check_stage(model, ids, false, stage['along'], score, 700, 0,
                             Ranks())
         assert found['off'] > found['allowed']
+        half = [[text.targets//2, stage['along'][-1][1]/2]]  # of the text
+        false = stage | dict(val_loss=half[-1][1]/text.targets)
+        found = check_stage(model, ids, false, half, score, 700, 0, Ranks())
+        assert found['off'] is None
 
 
 def test_test_time_training_stays_exact():
