@@ -73,12 +73,12 @@ def test_round_trip_of_random_models():
         shapes = [(1, 1), (3, 7), (64, 33)]
         state = {f"blocks.{i}.attn.k.weight": torch.randn(s, generator=gen) for i, s in enumerate(shapes)}
         tensors = quantize_state(state, [("*", fmt)])
-        back, _ = unpack_artifact(pack_artifact(tensors, {}, level=3))
+        back, _ = unpack_artifact(pack_artifact(tensors, {}))
         assert all(same_tensor(back[name], tensors[name]) for name in tensors)
 
 
 def test_bytes_do_not_depend_on_threads(blob, monkeypatch):
-    monkeypatch.setattr(os, "cpu_count", lambda: 1)
+    monkeypatch.setattr("golf.artifact.available_cores", lambda: 1)
     assert pack_artifact(small_tensors(), {"seed": 1, "config": "small"}) == blob
 
 
