@@ -8,8 +8,10 @@ BIN  := $(VENV)/bin
 RUN  := $(BIN)/papermill --no-progress-bar nbs/99_run.ipynb
 SEED := 1337
 CHAPTERS := $(wildcard nbs/*.ipynb)
+TESTS    := $(wildcard tests/test_*.py)
 
-.PHONY: run test test-all lab docs read sync clean $(CHAPTERS:%=test-%)
+.PHONY: run test test-all lab docs read sync clean \
+  $(CHAPTERS:%=test-%) $(TESTS:%=test-%)
 .DELETE_ON_ERROR:
 
 $(VENV)/installed: constraints.txt pyproject.toml
@@ -28,11 +30,14 @@ test: $(VENV)/installed
 	tmp=$$(mktemp -d) && trap 'rm -rf '$$tmp EXIT && \
 	$(RUN) $$tmp/run.ipynb -p config smoke -p out $$tmp/run \
 	  -p overrides '{train: {seconds: 10}}'
-	$(BIN)/python -m pytest -q tests
+	$(MAKE) -j2 --output-sync $(TESTS:%=test-%)
 
 # a process for each: what one chapter holds open is none of the next one's
 $(CHAPTERS:%=test-%): test-%: $(VENV)/installed
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/nbdev_test --path $* --n_workers 0
+
+$(TESTS:%=test-%): test-%: $(VENV)/installed
+	$(BIN)/python -m pytest -q $*
 
 test-all: $(VENV)/installed
 	$(MAKE) test

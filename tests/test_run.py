@@ -174,11 +174,11 @@ def test_one_rank_is_killed(shards, tmp_path):
 
 def test_a_model_over_the_limit(shards, tmp_path):
     "An error with a table of the bytes; the trained weights are kept."
-    over = TINY.replace('{model:', '{limit_bytes: 50000, model:', 1)
+    over = TINY.replace('{model:', '{limit_bytes: 22000, model:', 1)
     code, said = run(tmp_path/'run.ipynb', config='smoke', data=shards,
                      out=tmp_path/'run', overrides=over)
     text = shown(tmp_path/'run.ipynb')
-    assert code != 0 and 'over the limit of 50,000' in text
+    assert code != 0 and 'over the limit of 22,000' in text
     assert 'embedding' in text and 'code' in text
     assert not (tmp_path/'run').exists()
     assert (tmp_path/'run.failed/checkpoint/model.pt').is_file()
