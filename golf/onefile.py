@@ -8,12 +8,12 @@ __all__ = ['WIDTH', 'TIGHT', 'STAND_INS', 'REPORTED', 'SEED', 'START', 'STUB', '
            'drop_parameters', 'drop_fields', 'Returned', 'size_of', 'slimmed', 'depth_of', 'one_liners',
            'without_brackets', 'broken', 'Bare', 'squeezed', 'code_text', 'section', 'section_text', 'config_code',
            'import_code', 'bare_dataset', 'needs_shards', 'bare_check', 'Ahead', 'broke', 'Order', 'bare_ledger',
-           'bare_clock', 'bare_limit', 'bare_read', 'bare_unzip', 'bare_refusal', 'bare_write', 'nothing', 'freely',
-           'plain_kernels', 'masked_attention', 'no_choice', 'named_choice', 'mask_layout', 'Settled', 'whole_rows',
-           'whole_losses', 'one_window', 'stand_in', 'Unreported', 'asked', 'trained', 'run_submission', 'nothing_said',
-           'file_nodes', 'published', 'kernel_swaps', 'file_units', 'submission_code', 'short_names', 'module_names',
-           'bound_inside', 'ShortNames', 'Renamer', 'Wordless', 'dense', 'minified', 'as_literal', 'packers',
-           'self_extracting', 'submission_bytes']
+           'bare_clock', 'bare_limit', 'bare_read', 'bare_unzip', 'bare_refusal', 'bare_write', 'bare_cores', 'nothing',
+           'freely', 'plain_kernels', 'masked_attention', 'no_choice', 'named_choice', 'mask_layout', 'Settled',
+           'whole_rows', 'whole_losses', 'one_window', 'stand_in', 'Unreported', 'asked', 'trained', 'run_submission',
+           'nothing_said', 'file_nodes', 'published', 'kernel_swaps', 'file_units', 'submission_code', 'short_names',
+           'module_names', 'bound_inside', 'ShortNames', 'Renamer', 'Wordless', 'dense', 'minified', 'as_literal',
+           'packers', 'self_extracting', 'submission_bytes']
 
 # %% ../nbs/31_onefile.ipynb #17deeee2
 import argparse
@@ -677,6 +677,10 @@ def bare_write(path, blob):
     "Stands in for `write_artifact`."
     Path(path).write_bytes(blob)
 
+def bare_cores():
+    "Stands in for `available_cores`."
+    return os.cpu_count()
+
 def nothing(*args): return 0
 
 def freely(on):
@@ -772,9 +776,10 @@ STAND_INS = dict(
     resolve_dataset='bare_dataset', check_run='bare_check',
     ReadAhead='Ahead', open_ledger='bare_ledger', check_clock='bare_clock',
     check_limit='bare_limit', read_artifact='bare_read',
-    write_artifact='bare_write', check_scorer='nothing',
-    zstd_unpack='bare_unzip', unzip_exactly='bare_unzip',
-    refuse='bare_refusal', prove_rounding='nothing', ttt_method='nothing',
+    write_artifact='bare_write', available_cores='bare_cores',
+    check_scorer='nothing', zstd_unpack='bare_unzip',
+    unzip_exactly='bare_unzip', refuse='bare_refusal',
+    prove_rounding='nothing', ttt_method='nothing',
     byte_budget='nothing', sliding_method='no_choice')
 REPORTED = {'method', 'along', 'chunks', 'rules', 'data', 'limit_seconds',
             'packs', 'moved', 'predicted', 'best', 'bytes', 'room',
