@@ -19,9 +19,10 @@ from golf.artifact import byte_budget
 from golf.cli import main
 from golf.config import config_text, load_run_config, read_config
 from golf.data import read_shard, write_split
+from golf.layout import minified
+from golf.onefile import (file_nodes, self_extracting, submission_bytes,
+                          submission_code)
 from golf.report import build_result
-from golf.onefile import (file_nodes, minified, self_extracting,
-                          submission_bytes, submission_code)
 from golf.settle import Fold, learn, pure_functions, read_units, units_of
 from golf.submit import submit_runs
 
