@@ -4,16 +4,22 @@
 
 # %% auto #0
 __all__ = ['RMS_EPS', 'KERNELS', 'HELD', 'TOLERANCE', 'rms', 'Rotary', 'ntk_base', 'exclude_self', 'visible', 'plain_scores',
-           'plain_forward', 'plain_backward', 'bounds', 'rows_or_one', 'flash4_forward', 'flash4_backward',
-           'flash3_forward', 'flash3_backward', 'flash_forward', 'flash_backward', 'lse_shape', 'run_forward',
-           'run_backward', 'flash_op', 'attention', 'attention_call', 'document_room', 'document_numbers',
-           'document_layout', 'installed', 'attention_backends', 'row_error', 'attention_error', 'fastest',
-           'random_inputs', 'trial_opens', 'trial_call', 'check_attention', 'attention_seconds', 'same_twice',
-           'try_attention', 'pick_attention', 'attend_end', 'attend_kept', 'Attention']
+           'plain_forward', 'plain_backward', 'bounds', 'rows_or_one', 'flash4_module', 'flash4_forward',
+           'flash4_backward', 'flash3_forward', 'flash3_backward', 'flash_forward', 'flash_backward', 'lse_shape',
+           'run_forward', 'run_backward', 'flash_op', 'attention', 'attention_call', 'document_room',
+           'document_numbers', 'document_layout', 'installed', 'attention_backends', 'row_error', 'attention_error',
+           'fastest', 'random_inputs', 'trial_opens', 'trial_call', 'check_attention', 'attention_seconds',
+           'same_twice', 'try_attention', 'pick_attention', 'attend_end', 'attend_kept', 'Attention']
 
 # %% ../nbs/07_attention.ipynb #00bd1da9
+import importlib
 import importlib.util
+import os
+import sys
+import time
+import warnings
 from functools import cache, partial
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -148,18 +154,27 @@ def rows_or_one(starts, *tensors):
             for z in tensors]
 
 # %% ../nbs/07_attention.ipynb #e5eb9fb8
+def flash4_module():
+    "FlashAttention-4's interface; what it compiles stays in ~/.cache/golf."
+    name = 'flash_attn.cute.interface'
+    if name not in sys.modules:
+        kept, here = 'FLASH_ATTENTION_CUTE_DSL_CACHE_', Path.home()/'.cache'
+        os.environ.setdefault(f'{kept}ENABLED', '1')
+        os.environ.setdefault(f'{kept}DIR', str(here/'golf/flash4'))
+        warnings.filterwarnings('ignore', 'Argument aux_data')
+    return importlib.import_module(name)
+
+# %% ../nbs/07_attention.ipynb #ed3cda5a
 def flash4_forward(q, k, v, starts):
     "FlashAttention-4 (`flash-attn-4`); arguments as `plain_forward`."
-    from flash_attn.cute.interface import _flash_attn_fwd
-    out, lse = _flash_attn_fwd(
+    out, lse = flash4_module()._flash_attn_fwd(
         *rows_or_one(starts, q, k, v), causal=True, return_lse=True,
         **bounds(q, starts))[:2]
     return out.view_as(q), lse
 
 def flash4_backward(grad, q, k, v, out, lse, starts):
     "Its gradients; arguments as `plain_backward`."
-    from flash_attn.cute.interface import _flash_attn_bwd
-    found = _flash_attn_bwd(
+    found = flash4_module()._flash_attn_bwd(
         *rows_or_one(starts, q, k, v, out, grad), lse, causal=True,
         deterministic=torch.are_deterministic_algorithms_enabled(),
         **bounds(q, starts))
@@ -497,10 +512,13 @@ def pick_attention(want,   # "auto" or a name
     names = names if want == 'auto' else [want]
     asked = shape, device, dtype, documents, backward
     usual = cache(lambda: check_attention('sdpa', *asked))
-    try: return fastest(names, lambda name: try_attention(
+    began = time.perf_counter()
+    try: best, notes = fastest(names, lambda name: try_attention(
         name, *asked, usual),
         torch.are_deterministic_algorithms_enabled())
     finally: torch.cuda.empty_cache()
+    spent = time.perf_counter() - began
+    return best, [*notes[:-1], f'{notes[-1]}, chosen in {spent:.1f} s']
 
 # %% ../nbs/07_attention.ipynb #5417476b
 def attend_end(q,   # [B, H, S, D] queries of the last S positions

@@ -287,11 +287,15 @@ def check_command(a # parsed arguments
     write_check(a.folder, report)
     for rule, outcome in report['rules']['checks'].items():
         print(f'{rule:16} {outcome}')
-    for name, s in report.get('stages', {}).items():
-        print(f'{name:16} off by {s["off"]} nats a target ({s["how"]})')
+    for name, s in report.get('stages', {}).items(): print(
+        f'{name:16} not compared: {s["how"]}' if s['off'] is None else
+        f'{name:16} off by {s["off"]:.1e} nats a target, {s["allowed"]:.1e} '
+        f'allowed ({s["how"]})')
     for line in report['breaches']: print(line)
     if not report['ok']: sys.exit('golf: the run does not hold: ' + ', '.join(
         report['disagrees'] or ['see check.json']))
+    print('the run is what it says it is' + (
+        '' if report['rules']['legal'] else ', and no submission'))
 
 def add_check(sub # subparsers
               ):

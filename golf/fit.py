@@ -7,8 +7,8 @@ __all__ = ['ZSTD_BLOCK', 'AUTO', 'SCALES', 'MOST_PRUNED', 'ZONE', 'DOUBT', 'bloc
            'group_bytes', 'header_bytes', 'role_bytes', 'predicted_bytes', 'sample_rows', 'prune_mask', 'Sketch',
            'sketch_grids', 'sketch_roles', 'sketch_bytes', 'open_formats', 'with_reach', 'sketch_error', 'open_names',
            'best_reach', 'least_move', 'refuse', 'solve_reach', 'solve_formats', 'prune_masks', 'zero_codes',
-           'quantize_pruned', 'prune_fraction', 'one_bit_less', 'check_knob', 'drop_bits', 'lighten', 'approach',
-           'fit_export']
+           'quantize_pruned', 'prune_fraction', 'one_bit_less', 'check_knob', 'drop_bits', 'lighten', 'prune_less',
+           'approach', 'fit_export']
 
 # %% ../nbs/20_fit.ipynb #055190f6
 import json
@@ -274,11 +274,12 @@ def best_reach(sketch, # a `Sketch`
 def least_move(bytes_at, # of a number: predicted bytes, falling
                low, # here they exceed the room
                high, # here they do not
-               room # bytes
+               room, # bytes
+               tries=40 # numbers to ask for, at most
                ):
     "About the least number whose bytes fit into the room; never over it."
     over, under = bytes_at(low) - room, bytes_at(high) - room
-    for _ in range(40):
+    for _ in range(tries):
         if -room / 2000 <= under or high - low < 1e-6: break
         share = (over + room / 4000) / max(over - under, 1)
         x = low + min(max(share, 0.1), 0.9) * (high - low)
@@ -443,6 +444,21 @@ def lighten(sketch, # a `Sketch`
     return tuple(formats), prune_fraction(sketch, formats, room)
 
 # %% ../nbs/20_fit.ipynb #a35b5e7a
+def prune_less(quantise, # (formats, fraction) -> {name: QuantTensor}
+               formats,  # settled
+               fraction, # with which the codes fit
+               room,     # bytes to be predicted, at most
+               tries=5   # roundings between none and that fraction
+               ):
+    "The least fraction with which they do, and its tensors."
+    found = {}
+    def bytes_at(x):
+        found[x] = quantise(formats, x)
+        return predicted_bytes(found[x])
+    x = least_move(bytes_at, 0.0, fraction, room, tries)
+    return x, found[x]
+
+# %% ../nbs/20_fit.ipynb #5b45a352
 def approach(sketch, # a `Sketch`
              quantise, # (formats, fraction) -> {name: QuantTensor}
              settle, # room of the sketch -> (formats, fraction)
@@ -456,6 +472,10 @@ def approach(sketch, # a `Sketch`
         predicted = predicted_bytes(tensors)
         if abs(predicted / room - 1) < 1e-3: break
         factor = predicted / sketch_bytes(sketch, *setting)
+        if setting[1] and predicted < room:
+            fraction, tensors = prune_less(quantise, *setting, room)
+            setting = setting[0], fraction
+            return setting, tensors, predicted_bytes(tensors), factor
     return setting, tensors, predicted, factor
 
 # %% ../nbs/20_fit.ipynb #c4c46e82

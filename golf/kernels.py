@@ -13,7 +13,7 @@ __all__ = ['H100_FLOPS', 'H100_BYTES', 'TILES', 'BENCH_SHAPES', 'floor_ms', 'mlp
 import functools
 import inspect
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from statistics import median
 from types import FunctionType
@@ -385,10 +385,13 @@ def choose_mlp(wish,   # "auto", "on" or "off", from train.kernels
     kernel_ops()
     large, small = (MLPCase(n, dim, hidden, leaky, device, dtype)
                     for n in (tokens, 1003))
+    began = time.perf_counter()
     plain = sum(time_ms(lambda: large.replaced(half), device)
                 for half in (0, 1))
-    return decide(wish, plain, [fastest_tile(large, small, half)
-                                for half in (0, 1)])
+    choice = decide(wish, plain, [fastest_tile(large, small, half)
+                                  for half in (0, 1)])
+    return replace(choice, why=f'{choice.why}, chosen in '
+                               f'{time.perf_counter() - began:.1f} s')
 
 # %% ../nbs/06_kernels.ipynb #2f0ccb6d
 def both_ways(f,     # of tensors

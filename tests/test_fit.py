@@ -10,6 +10,7 @@ from golf.config import (ModelConfig, build_config, config_text,
 from golf.fit import (Sketch, check_knob, fit_export, lighten, open_formats,
                       predicted_bytes, prune_masks, quantize_pruned,
                       sketch_bytes, solve_formats, with_reach)
+from golf.gptq import gptq_state
 from golf.grid import dequantize_rows, qmax
 from golf.model import build_model, parameter_shapes
 from golf.qat import assign_grids, linears, refresh_clips
@@ -244,6 +245,24 @@ def test_a_quantiser_whose_codes_are_longer():
     blob, _, report = fit_export(state, noisy, pack, int(.9*size),
                                  formats=formats)
     assert .95*report['room'] < len(blob) <= report['room']
+
+
+def test_gptq_is_pruned_no_more_than_it_needs():
+    torch.manual_seed(12)
+    state = {f'blocks.{i}.mlp.{part}.weight': .03*torch.randn(512, 512)
+             for i in range(2) for part in ('up', 'down')}
+    inputs = torch.randn(512, 512)*torch.exp(torch.linspace(0, -4, 512))
+    hessian = inputs.T @ inputs/512
+    hessian += .01*hessian.diagonal().mean()*torch.eye(512)
+    def rounded(state, formats, fraction):
+        return gptq_state(state, dict.fromkeys(state, hessian), formats,
+                          prune=fraction)
+    formats = (('*', 'int5 sd4.6'),)
+    size = len(pack(rounded(state, formats, 0.)))
+    for part in (.998, .99, .95): # the room's last 4 %: the landing zone
+        blob, _, report = fit_export(state, rounded, pack, int(part*size),
+                                     formats=formats)
+        assert .98*report['room'] < len(blob) <= report['room']
 
 
 def test_pruning_is_exact_and_of_the_smallest():
