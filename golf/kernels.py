@@ -351,7 +351,7 @@ class KernelChoice:
 
 def decide(wish,  # train.kernels
            plain, # ms of what the kernel replaces
-           found, # `fastest_tile` of either half
+           found, # `fastest_tile` of each half
            ):
     "The `KernelChoice` that follows from these measurements."
     best, failed = zip(*found)
@@ -360,6 +360,7 @@ def decide(wish,  # train.kernels
         if wish == 'on': raise RuntimeError(f'train.kernels: on, but {why}')
         return KernelChoice('mlp', False, f'mlp kernel: not used, {why}')
     ms, tiles = sum(t for t, _ in best), tuple(i for _, i in best)
+    if len(best) == 1: tiles += -1,  # forward only
     used = wish == 'on' or ms < plain
     return KernelChoice(
         'mlp', used, f'mlp kernel: {"" if used else "not "}used, {ms:.3f} ms '
@@ -373,9 +374,10 @@ def choose_mlp(wish,   # "auto", "on" or "off", from train.kernels
                tokens, # rows of one forward
                dim,    # d
                hidden, # width inside
-               leaky   # which φ
+               leaky,  # which φ
+               backward=True # will there be gradients?
                ):
-    "Measure, and decide whether training uses the kernel: `KernelChoice`."
+    "Measure, and decide whether to use the kernel: `KernelChoice`."
     why = ('train.kernels is off' if wish == 'off' else
            kernel_obstacle(device, dtype, dim, hidden) or
            ('' if compiled else 'the network is not compiled'))
@@ -385,11 +387,11 @@ def choose_mlp(wish,   # "auto", "on" or "off", from train.kernels
     kernel_ops()
     large, small = (MLPCase(n, dim, hidden, leaky, device, dtype)
                     for n in (tokens, 1003))
-    began = time.perf_counter()
+    began, halves = time.perf_counter(), range(1 + backward)
     plain = sum(time_ms(lambda: large.replaced(half), device)
-                for half in (0, 1))
+                for half in halves)
     choice = decide(wish, plain, [fastest_tile(large, small, half)
-                                  for half in (0, 1)])
+                                  for half in halves])
     return replace(choice, why=f'{choice.why}, chosen in '
                                f'{time.perf_counter() - began:.1f} s')
 

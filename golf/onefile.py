@@ -445,7 +445,8 @@ def kernel_swaps(cfg # a `Config`
         swaps['attention'] = 'masked_attention' if apart else 'attend_end'
         swaps['document_layout'] = 'mask_layout' if apart else 'nothing'
     else: swaps['choose_attention'] = 'named_choice'
-    if t.kernels == 'off': swaps['choose_kernels'] = 'nothing'
+    if t.kernels == 'off': swaps |= dict.fromkeys(
+        ('choose_kernels', 'print_choices'), 'nothing')
     if cfg.score.method == 'exact':
         swaps |= dict(batch_rows='whole_rows', row_losses='whole_losses',
                       row_windows='one_window')

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['SNAPSHOTS', 'Clock', 'step_seconds', 'compile_choice', 'check_run', 'micro_rows', 'rows_at_once', 'schedule_of',
-           'model_and_forward', 'choose_kernels', 'Job', 'set_up', 'accumulate', 'train_step', 'as_trained',
-           'heldout_loss', 'random_batch', 'warm_up', 'no_recompiles', 'log_step', 'log_heldout', 'fix_grids',
-           'take_formats', 'run_steps', 'switches', 'run_state', 'restore_run', 'exported_weights', 'calibration_rows',
-           'asks_for', 'calibrate', 'dry_run', 'calibrate_on_clock', 'run_facts', 'save_checkpoint', 'load_checkpoint',
+           'model_and_forward', 'Job', 'set_up', 'accumulate', 'train_step', 'as_trained', 'heldout_loss',
+           'random_batch', 'warm_up', 'no_recompiles', 'log_step', 'log_heldout', 'fix_grids', 'take_formats',
+           'run_steps', 'switches', 'run_state', 'restore_run', 'exported_weights', 'calibration_rows', 'asks_for',
+           'calibrate', 'dry_run', 'calibrate_on_clock', 'run_facts', 'save_checkpoint', 'load_checkpoint',
            'load_hessians', 'line_logger', 'last_state', 'snapshots_of', 'open_lines', 'train_run', 'train_guarded']
 
 # %% ../nbs/22_train.ipynb #d62c70d6
@@ -32,9 +32,9 @@ from .data import (Dataset, Loader, TokenStream, atomic_path, byte_tables,
                        heldout_tokens, load_tokenizer, target_bytes)
 from .fit import check_knob, open_formats, solve_formats
 from .grid import check_formats, format_of
-from .kernels import KernelChoice, choose_mlp, kernel_ops
-from .model import (build_model, choose_attention, flops_per_token,
-                        parameter_shapes)
+from .kernels import KernelChoice
+from .model import (build_model, choose_attention, choose_kernels,
+                        flops_per_token, parameter_shapes)
 from .muon import Optimizers, build_optimizers, clip_gradients
 from .qat import (QatSchedule, advance_qat, assign_grids, linears,
                       prove_rounding, weights_as)
@@ -173,24 +173,6 @@ def model_and_forward(cfg,    # a `Config`
     return model, (torch.compile(model, fullgraph=True, dynamic=False)
                    if on else model)
 
-# %% ../nbs/22_train.ipynb #539cad47
-def choose_kernels(cfg,  # a `Config`
-                   model,# a `GPT` on its device, not compiled yet
-                   ranks # `Ranks`
-                   ):
-    "Let the layers of `model` use what is faster here: `KernelChoice`."
-    t, m = cfg.train, cfg.model
-    compiled, _ = compile_choice(t.compile, ranks.device)
-    rows = rows_at_once(t, ranks)
-    choice = ranks.share(lambda: choose_mlp(
-        t.kernels, compiled, ranks.device, model.stream_dtype,
-        rows * t.seq_len, m.dim, m.mlp_hidden,
-        m.activation == 'leaky_relu2'))
-    if choice.used:
-        kernel_ops()
-        for block in model.blocks: block.mlp.tiles = choice.tiles
-    return choice
-
 # %% ../nbs/22_train.ipynb #d3329ff2
 @dataclass
 class Job:
@@ -238,8 +220,9 @@ def set_up(cfg,   # a `Config`
                int(target_bytes(tables, heldout[:-1], heldout[1:]).sum()),
                model, forward, optimizers, schedule_of(t, cfg.optim),
                cfg.quant.formats, cfg.limit_bytes - code - cfg.fit.margin,
-               QatSchedule(cfg.qat), choose_kernels(cfg, model, ranks),
-               notes=notes)
+               QatSchedule(cfg.qat), choose_kernels(
+                   model, t.kernels, compile_choice(t.compile, dev)[0],
+                   ranks, rows*t.seq_len), notes=notes)
 
 # %% ../nbs/22_train.ipynb #91cef45f
 def accumulate(job, # the run
