@@ -6,7 +6,7 @@
 __all__ = ['RMS_EPS', 'KERNELS', 'HELD', 'TOLERANCE', 'rms', 'Rotary', 'ntk_base', 'exclude_self', 'visible', 'plain_scores',
            'plain_forward', 'plain_backward', 'bounds', 'rows_or_one', 'flash4_module', 'flash4_forward',
            'flash4_backward', 'flash3_forward', 'flash3_backward', 'flash_forward', 'flash_backward', 'lse_shape',
-           'run_forward', 'run_backward', 'flash_op', 'attention', 'attention_call', 'document_room',
+           'unit_stride', 'run_forward', 'run_backward', 'flash_op', 'attention', 'attention_call', 'document_room',
            'document_numbers', 'document_layout', 'installed', 'attention_backends', 'row_error', 'attention_error',
            'fastest', 'random_inputs', 'trial_opens', 'trial_call', 'check_attention', 'attention_seconds',
            'same_twice', 'try_attention', 'pick_attention', 'attend_end', 'attend_kept', 'Attention']
@@ -230,10 +230,13 @@ def lse_shape(q, starts):
     B, T, H, _ = q.shape
     return (B, H, T) if starts is None else (H, B*T)
 
+def unit_stride(x):
+    "`x`, copied if its last dimension is not; parts of rows are fine."
+    return x if x.stride(-1) == 1 else x.contiguous()
+
 def run_forward(q, k, v, starts, kernel):
     "What the op golf::flash computes."
-    out, lse = KERNELS[kernel][0](
-        q.contiguous(), k.contiguous(), v.contiguous(), starts)
+    out, lse = KERNELS[kernel][0](*map(unit_stride, (q, k, v)), starts)
     if kernel == 'plain' and starts is not None:
         lse = lse.transpose(0, 1).flatten(1)
     return out.contiguous(), lse.contiguous()
@@ -242,7 +245,7 @@ def run_backward(grad, q, k, v, out, lse, starts, kernel):
     "What the op golf::flash_backward computes."
     if kernel == 'plain' and starts is not None:
         lse = lse.unflatten(1, q.shape[:2]).transpose(0, 1)
-    found = KERNELS[kernel][1](*(z.contiguous() for z in (
+    found = KERNELS[kernel][1](*map(unit_stride, (
         grad, q, k, v, out, lse)), starts)
     return tuple(z.contiguous() for z in found)
 
@@ -568,21 +571,30 @@ class Attention(nn.Module):
         self.k, self.v = Linear(dim, kv_dim), Linear(dim, kv_dim)
         self.q_gain = nn.Parameter(torch.full((heads,), float(q_gain)))
 
+    def project(self, x, first):
+        "Queries from position `first` on, keys and values, [B, T, ...]."
+        parts = self.q, self.k, self.v
+        if torch.compiler.is_compiling() and not first:
+            rows = torch.cat([m.used(x.dtype) for m in parts])
+            return F.linear(x, rows).split([len(m.weight) for m in parts], -1)
+        end = x[:, first:] if first else x  # one input, one Hessian
+        return self.q(end), self.k(x), self.v(x)
+
     def forward(self,
                 x,         # [B, T, d], normalised
                 rotary,    # positions, shared by all layers
                 value=None,# [B, T, kv_dim] to add to the values
                 attend=attention, # (q, k, v) -> output, heads first
-                first=0    # outputs of positions first..T-1 only
+                first=0,   # outputs of positions first..T-1 only
+                scale=None # [d] of the output's channels
                 ):
         B, T, d = x.shape
-        end = x[:, first:] if first else x  # one input, one Hessian
-        q = self.q(end).view(B, T - first, self.heads, -1)
-        k = self.k(x).view(B, T, self.kv_heads, -1)
-        v = self.v(x) if value is None else self.v(x) + value
-        q = rotary(rms(q), first) * self.q_gain.to(x.dtype)[:, None]
-        v = v.view(B, T, self.kv_heads, -1)
+        q, k, v = self.project(x, first)
+        if value is not None: v = v + value
+        q, k, v = (z.unflatten(-1, (-1, d // self.heads)) for z in (q, k, v))
+        gain = self.q_gain[:, None].expand(*q.shape[:3], 1).to(x.dtype)
+        q = rotary(rms(q), first) * gain
         q, k, v = (z.transpose(1, 2) for z in (q, rotary(rms(k)), v))
         y = attend(q, k, v)
         if self.xsa: y = exclude_self(y, v[:, :, first:])
-        return self.o(y.transpose(1, 2).reshape(B, T - first, d))
+        return self.o(y.transpose(1, 2).reshape(B, T - first, d), scale)

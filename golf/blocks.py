@@ -43,12 +43,13 @@ class MLP(nn.Module):
         self.tiles = () # of the fused kernel, see the chapter on kernels
 
     def forward(self,
-                x # [B, T, d], normalised
+                x, # [B, T, d], normalised
+                scale=None # [d] of the output's channels
                 ):
         if self.tiles and torch.compiler.is_compiling():
-            weights = [m.used(x.dtype) for m in (self.up, self.down)]
-            return fused_mlp(x, *weights, self.leaky, self.tiles)
-        return self.down(self.activation(self.up(x)))
+            up, down = self.up.used(x.dtype), self.down.used(x.dtype, scale)
+            return fused_mlp(x, up, down, self.leaky, self.tiles)
+        return self.down(self.activation(self.up(x)), scale)
 
 # %% ../nbs/08_blocks.ipynb #2b17aec5
 class Block(nn.Module):
@@ -59,13 +60,13 @@ class Block(nn.Module):
                  ):
         super().__init__()
         d, late = cfg.dim, layer >= cfg.layers - cfg.xsa_layers
-        xsa = cfg.xsa_layers > 0 and late
-        self.attn = Attention(d, cfg.heads, cfg.kv_heads, cfg.q_gain, xsa)
+        self.attn = Attention(d, cfg.heads, cfg.kv_heads, cfg.q_gain,
+                              cfg.xsa_layers > 0 and late)
         self.mlp = MLP(d, cfg.mlp_hidden, cfg.activation)
         self.attn_scale = nn.Parameter(torch.ones(d))
         self.mlp_scale = nn.Parameter(torch.ones(d))
-        mix = torch.stack((torch.ones(d), torch.zeros(d)))
-        self.resid_mix = nn.Parameter(mix)
+        self.resid_mix = nn.Parameter(torch.stack((torch.ones(d),
+                                                   torch.zeros(d))))
         self.ln_scale = (layer + 1)**-.5 if cfg.ln_scale else 1
 
     def norm(self,
@@ -84,9 +85,9 @@ class Block(nn.Module):
                 ):
         m0, m1 = self.resid_mix.to(x.dtype)
         x = m0*x + m1*x0
-        y = self.attn(self.norm(x), rotary, value, attend, first)
-        x = x[:, first:] + self.attn_scale.to(x.dtype) * y
-        return x + self.mlp_scale.to(x.dtype) * self.mlp(self.norm(x))
+        x = x[:, first:] + self.attn(self.norm(x), rotary, value, attend,
+                                     first, self.attn_scale)
+        return x + self.mlp(self.norm(x), self.mlp_scale)
 
 # %% ../nbs/08_blocks.ipynb #5a887f90
 def skip_pairs(layers # L

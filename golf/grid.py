@@ -252,9 +252,10 @@ class Linear(nn.Module):
         if self.soft: return soft_quant(*grid, self.alpha, self.clip)
         return fake_quant(*grid, self.clip)
 
-    def used(self, dtype):
-        "The weight as a product of this dtype uses it."
-        return (self.rounded() if self.bits else self.weight).to(dtype)
+    def used(self, dtype, scale=None):
+        "The weight as a product of this dtype uses it, its rows scaled."
+        w = self.rounded() if self.bits else self.weight
+        return (w if scale is None else scale[:, None]*w).to(dtype)
 
-    def forward(self, x):
-        return F.linear(x, self.used(x.dtype))
+    def forward(self, x, scale=None):
+        return F.linear(x, self.used(x.dtype, scale))
