@@ -15,7 +15,8 @@ __all__ = ['CATEGORIES', 'HOST', 'NAME_RULES', 'OPTIMIZER', 'DEVICE', 'COLORS', 
            'attention_row', 'first_line', 'bench_attention', 'attention_text', 'plot_rows', 'score_variants',
            'sliding_row', 'bench_sliding', 'sliding_line', 'forget_graphs', 'curve_distance', 'loss_curve',
            'bench_same', 'same_text', 'plot_same', 'thread_choices', 'threads_row', 'threads_line', 'bench_threads',
-           'kernels_text']
+           'kernels_text', 'sum_row', 'line_through', 'step_bytes', 'ranks_row', 'with_gradients', 'predicted_ms',
+           'bench_ranks', 'ranks_text', 'plot_ranks']
 
 # %% ../nbs/36_bench.ipynb #768a7426
 import bisect
@@ -58,7 +59,8 @@ from .model import flops_per_token, meta_model, parameter_shapes
 from .muon import split_parameters
 from .blocks import skip_pairs
 from .qat import apply_qat
-from .ranks import Ranks, machine, utilisation
+from .ranks import (Ranks, machine, pick_device, start_ranks,
+                        utilisation)
 from .report import (FAINT, HUES, INK, MUTED, ORANGE, RED, corner_label,
                          git_commit, panels)
 from .score import (Text, artifact_model, check_text, compiled_forward,
@@ -1251,3 +1253,121 @@ def kernels_text(rows # from `bench_kernels`
             f'{show(r.get(k), ".4f"):>13}' for k in keys)
             + f'{show(r.get("max_relative_error"), ".1e"):>13}')
     return '\n'.join(lines)
+
+# %% ../nbs/36_bench.ipynb #8a31e24a
+def sum_row(size,  # bytes
+            ranks, # `Ranks`
+            repeat=9 # times
+            ):
+    "{bytes, ms, link}: a sum over ranks, and GB/s through each link."
+    x = torch.ones(size//4, device=ranks.device)
+    seconds = ranks.largest(median(time_calls(
+        lambda: ranks.sum_(x), ranks.device, repeat)))
+    sent = 2*(ranks.world - 1)/ranks.world*size
+    return dict(bytes=size, ms=1e3*seconds, link=sent/seconds/1e9)
+
+def line_through(rows # from `sum_row`
+                 ):
+    "(ms of an empty sum, ms a byte), by the smallest and the largest."
+    few, many = rows[0], rows[-1]
+    slope = (many['ms'] - few['ms'])/(many['bytes'] - few['bytes'])
+    return max(0., few['ms'] - slope*few['bytes']), max(0., slope)
+
+# %% ../nbs/36_bench.ipynb #78e9a1d9
+def step_bytes(model, # a `GPT`
+               dtype  # of Muon's updates
+               ):
+    "(bytes that are summed, bytes that are gathered) in a step."
+    params = list(model.named_parameters())
+    matrices = split_parameters(params)['matrix']
+    width = torch.empty(0, dtype=dtype).element_size()
+    return (4*sum(p.numel() for _, p in params),
+            width*sum(p.numel() for _, p in matrices))
+
+def ranks_row(cfg,   # a `Config` of one process's share
+              ranks, # `Ranks`
+              steps  # to time
+              ):
+    "{ms, muon_ms, ...} of a step that these ranks take together."
+    t, n = cfg.train, ranks.world
+    job = set_up(replace(cfg, data=replace(cfg.data, spans=n*cfg.data.spans),
+                         train=replace(t, batch_tokens=n*t.batch_tokens)),
+                 ranks)
+    step, device = step_function(job), ranks.device
+    for _ in range(3): step()
+    whole, muon = (1e3*ranks.largest(median(time_calls(f, device, steps)))
+                   for f in (step, lambda: with_gradients(job)))
+    summed, gathered = step_bytes(job.model, job.model.stream_dtype)
+    return dict(ms=whole, muon_ms=muon, summed=summed, gathered=gathered)
+
+def with_gradients(job # a run in progress
+                   ):
+    "Muon's step by itself."
+    for p in job.model.parameters(): p.grad = torch.ones_like(p)
+    job.optimizers.muon.step()
+
+# %% ../nbs/36_bench.ipynb #7c2c1613
+def predicted_ms(found, # from `bench_ranks`
+                 n      # processes
+                 ):
+    "Milliseconds of a step that so many would take."
+    one, w = found['alone'], found['world']
+    if n == 1 or w == 1: return one['ms']
+    a, b = line_through(found['sums'])
+    share = (n - 1)/n
+    return (one['ms'] - share*one['muon_ms'] + 2*a
+            + b*share*w/(w - 1)*(one['summed'] + one['gathered']/2))
+
+def bench_ranks(cfg,  # a `Config` of one process's share of a step
+                local, # number of this process on its machine
+                steps=20, # to time
+                sizes=(2**16, 2**20, 2**24, 2**27) # bytes that are summed
+                ):
+    "What `golf bench ranks` writes down, on every process."
+    device = pick_device(cfg.train.device, local)
+    if device.type == 'cuda': torch.cuda.set_device(device)
+    alone = ranks_row(cfg, Ranks(device=device), steps)
+    with start_ranks(cfg.train.device, cfg.train.threads) as ranks:
+        for key in ('ms', 'muon_ms'): alone[key] = ranks.largest(alone[key])
+        found = dict(world=ranks.world, alone=alone,
+                     together=ranks_row(cfg, ranks, steps),
+                     sums=[sum_row(n, ranks) for n in sizes]
+                     if ranks.world > 1 else [])
+    scale = ranks.world*alone['ms']/found['together']['ms']
+    return found | dict(scaling=scale, tokens=cfg.train.batch_tokens,
+                        predicted={n: predicted_ms(found, n)
+                                   for n in (1, 2, 4, 8)}), ranks
+
+# %% ../nbs/36_bench.ipynb #7a426426
+def ranks_text(found # from `bench_ranks`
+               ):
+    "The same as a table."
+    one, many, w = found['alone'], found['together'], found['world']
+    lines = [f'{"processes":>9}{"ms a step":>12}{"predicted":>12}'
+             f'{"Muon":>9}{"tokens/s":>14}']
+    for n, row in ((1, one), (w, many)):
+        lines.append(f'{n:9}{row["ms"]:12.2f}{predicted_ms(found, n):12.2f}'
+                     f'{row["muon_ms"]:9.2f}'
+                     f'{n*found["tokens"]/row["ms"]*1e3:14,.0f}')
+    lines += [f'{r["bytes"]/2**20:9.2f} MiB summed in {r["ms"]:.3f} ms, '
+              f'{r["link"]:.1f} GB/s a link' for r in found['sums']]
+    return '\n'.join([*lines, f'{w} processes: {found["scaling"]:.3f} times '
+                      'the tokens of one'])
+
+def plot_ranks(found,   # from `bench_ranks`
+               title='' # above the plot
+               ):
+    "Tokens a second, measured and as the rates of sums predict."
+    fig, axes = panels(1, 1, 2.4, title)
+    ax, per = axes[0, 0], found['tokens']/1e3
+    ns = range(1, 9)
+    ax.plot(ns, [n*per/predicted_ms(found, n) for n in ns], color=MUTED)
+    ax.plot(ns, [n*per/found['alone']['ms'] for n in ns], ':', color=FAINT)
+    for n, row in ((1, found['alone']), (found['world'],
+                                         found['together'])):
+        ax.plot(n, n*per/row['ms'], 'o', color=ORANGE)
+    for i, (what, color) in enumerate((('measured', ORANGE),
+            ('predicted', MUTED), ('if nothing were sent', FAINT))):
+        corner_label(ax, i, what, color, (.99, .4))
+    ax.set_xlabel('processes'); ax.set_ylabel('million tokens a second')
+    return fig

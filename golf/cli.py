@@ -8,8 +8,8 @@ __all__ = ['BENCHES', 'expected_formats', 'counted_code', 'describe', 'describe_
            'add_score', 'compare_command', 'add_compare', 'check_command', 'add_check', 'download_command',
            'add_download', 'build_command', 'add_build', 'inspect_command', 'add_inspect', 'add_data', 'docs_command',
            'add_docs', 'submit_command', 'add_submit', 'config_asked', 'step_asked', 'train_asked', 'attention_asked',
-           'sliding_asked', 'same_asked', 'threads_asked', 'kernels_asked', 'bench_command', 'add_bench', 'parser',
-           'main']
+           'sliding_asked', 'same_asked', 'threads_asked', 'kernels_asked', 'keep_bench', 'ranks_asked',
+           'bench_command', 'add_bench', 'parser', 'main']
 
 # %% ../nbs/38_cli.ipynb #ae0b6187
 import argparse
@@ -22,11 +22,12 @@ from pathlib import Path
 
 from .artifact import (byte_budget, check_limit, export_artifact,
                            write_artifact)
-from .bench import (attention_text, bench_attention, bench_same,
-                        bench_sliding, bench_threads, bench_train,
-                        kernels_text, measurement, plot_rows,
-                        plot_same, plot_step, plot_train, profile_step,
-                        same_text, save_measurement, step_text, train_text,
+from .bench import (attention_text, bench_attention, bench_ranks,
+                        bench_same, bench_sliding, bench_threads,
+                        bench_train, kernels_text, measurement, plot_ranks,
+                        plot_rows, plot_same, plot_step, plot_train,
+                        profile_step, ranks_text, same_text,
+                        save_measurement, step_text, train_text,
                         without_data)
 from .build import build_dataset, inspect_dataset, inspect_text
 from .check import check_run_folder, write_check
@@ -493,31 +494,48 @@ BENCHES = dict(step=step_asked, train=train_asked, same=same_asked,
                attention=attention_asked, sliding=sliding_asked,
                threads=threads_asked, kernels=kernels_asked)
 
+def keep_bench(a,    # parsed arguments
+               name, # of what was measured
+               source, # its text
+               ranks, # `Ranks`
+               facts, text, fig # what was found
+               ):
+    "Print it, and write it down."
+    found = measurement(a.what, name, source, ranks, **facts)
+    found |= dict(overrides=a.overrides, time=time.strftime(
+        '%Y-%m-%dT%H:%M:%SZ', time.gmtime()))
+    if a.label: found['label'] = a.label
+    if text: print(text)
+    print(save_measurement(a.out, found, fig), flush=True)
+
+def ranks_asked(a, cfg):
+    "`golf bench ranks`, on every process."
+    local = int(os.environ.get('LOCAL_RANK', 0))
+    facts, ranks = bench_ranks(cfg, local, a.steps or 20)
+    if ranks.first: keep_bench(a, cfg.name, config_text(cfg), ranks, facts,
+                               ranks_text(facts), plot_ranks(facts, cfg.name))
+
 def bench_command(a # parsed arguments
                   ):
     "`golf bench`: measure, print, and keep."
     artifact = a.what == 'sliding'
     cfg = None if artifact else config_asked(a)
+    if a.what == 'ranks': return ranks_asked(a, cfg)
     device = cfg.train.device if cfg else a.device or 'auto'
     with start_ranks(device, cfg.train.threads if cfg else 0) as ranks:
         if ranks.world > 1: raise ValueError(
-            'golf bench measures one process; start it without torchrun')
-        facts, text, fig = BENCHES[a.what](a, cfg, ranks)
-        name = Path(a.config).stem if artifact else cfg.name
-        source = a.config if artifact else config_text(cfg)
-        found = measurement(a.what, name, source, ranks, **facts)
-        found |= dict(overrides=a.overrides, time=time.strftime(
-            '%Y-%m-%dT%H:%M:%SZ', time.gmtime()))
-        if a.label: found['label'] = a.label
-        if text: print(text)
-        print(save_measurement(a.out, found, fig), flush=True)
+            f'golf bench {a.what} measures one process; start it without '
+            'torchrun')
+        found = BENCHES[a.what](a, cfg, ranks)
+        keep_bench(a, Path(a.config).stem if artifact else cfg.name,
+                   a.config if artifact else config_text(cfg), ranks, *found)
 
 # %% ../nbs/38_cli.ipynb #4194bfb4
 def add_bench(sub # subparsers
               ):
     "Its arguments."
     p = sub.add_parser('bench', help='where the time goes, and how fast')
-    p.add_argument('what', choices=list(BENCHES))
+    p.add_argument('what', choices=[*BENCHES, 'ranks'])
     p.add_argument('config', nargs='?', default='auto',
                    help='as for train; sliding: model.golf, or its folder')
     p.add_argument('--data', default='', help='"" is the embedded text')
@@ -527,7 +545,8 @@ def add_bench(sub # subparsers
     p.add_argument('--device', default='', choices=('', 'cpu', 'cuda'))
     p.add_argument('--out', default='runs/bench', help='folder of results')
     p.add_argument('--label', default='', help='of its bar in the history')
-    p.add_argument('--steps', type=int, help='step: profiled; same: of a run')
+    p.add_argument('--steps', type=int, help='step: profiled; same: of a run; '
+                   'ranks: to time')
     p.add_argument('--seconds', type=float, help='train, threads: of each')
     p.add_argument('--repeat', type=int, default=3, help='train: runs')
     p.add_argument('--against', default='', help='train: another script')

@@ -8,7 +8,7 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, TINY
+from conftest import ROOT, TINY, golf
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from golf.bench import (CATEGORIES, Work, attention_work, busy_seconds,
@@ -440,3 +440,16 @@ def test_the_list_of_kernels(tmp_path, capsys):
     for row in found['rows']:
         assert row['plain_ms'] > 0 and row['name'] in out
         assert (row['max_relative_error'] or 0) < .02  # no kernel: None
+
+
+def test_two_ranks_are_measured(tmp_path):
+    "Alone and together, under torchrun; one file, by the first."
+    golf('bench', 'ranks', 'smoke', '--steps', 2, '--out', tmp_path,
+         '--overrides', TINY.replace('vocab_size: 320', 'vocab_size: 1024'),
+         nproc=2)
+    found, = read_measurements(tmp_path, 'ranks').values()
+    assert found['world'] == found['machine']['world_size'] == 2
+    assert [r['bytes'] for r in found['sums']] == [2**16, 2**20, 2**24, 2**27]
+    assert list(found['predicted']) == ['1', '2', '4', '8']
+    for key in 'alone', 'together':
+        assert found[key]['ms'] > found[key]['muon_ms'] > 0
