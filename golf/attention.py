@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import library, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .grid import Linear
@@ -255,10 +255,10 @@ def flash_op():
     "Register golf::flash and its gradient, once a process."
     args = 'Tensor q, Tensor k, Tensor v, '
     more = 'Tensor? starts, str kernel'
-    op = torch.library.custom_op(
+    op = library.custom_op(
         'golf::flash', run_forward, mutates_args=(),
         schema=f'({args}{more}) -> (Tensor, Tensor)')
-    back = torch.library.custom_op(
+    back = library.custom_op(
         'golf::flash_backward', run_backward, mutates_args=(),
         schema=f'(Tensor grad, {args}Tensor out, Tensor lse, {more}) -> '
                '(Tensor, Tensor, Tensor)')

@@ -15,7 +15,7 @@ __all__ = ['CATEGORIES', 'HOST', 'NAME_RULES', 'OPTIMIZER', 'DEVICE', 'COLORS', 
            'attention_row', 'first_line', 'bench_attention', 'attention_text', 'plot_rows', 'score_variants',
            'sliding_row', 'bench_sliding', 'sliding_line', 'forget_graphs', 'curve_distance', 'loss_curve',
            'bench_same', 'same_text', 'plot_same', 'thread_choices', 'threads_row', 'threads_line', 'bench_threads',
-           'kernels_text', 'sum_row', 'line_through', 'step_bytes', 'ranks_row', 'with_gradients', 'predicted_ms',
+           'kernels_text', 'sum_row', 'line_through', 'step_bytes', 'ranks_row', 'muon_step', 'predicted_ms',
            'bench_ranks', 'ranks_text', 'plot_ranks']
 
 # %% ../nbs/36_bench.ipynb #768a7426
@@ -37,6 +37,7 @@ import time
 # %% ../nbs/36_bench.ipynb #b2ba9760
 from collections import defaultdict
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -59,8 +60,7 @@ from .model import flops_per_token, meta_model, parameter_shapes
 from .muon import split_parameters
 from .blocks import skip_pairs
 from .qat import apply_qat
-from .ranks import (Ranks, machine, pick_device, start_ranks,
-                        utilisation)
+from .ranks import Ranks, machine, start_ranks, utilisation
 from .report import (FAINT, HUES, INK, MUTED, ORANGE, RED, corner_label,
                          git_commit, panels)
 from .score import (Text, artifact_model, check_text, compiled_forward,
@@ -1296,11 +1296,11 @@ def ranks_row(cfg,   # a `Config` of one process's share
     step, device = step_function(job), ranks.device
     for _ in range(3): step()
     whole, muon = (1e3*ranks.largest(median(time_calls(f, device, steps)))
-                   for f in (step, lambda: with_gradients(job)))
+                   for f in (step, lambda: muon_step(job)))
     summed, gathered = step_bytes(job.model, job.model.stream_dtype)
     return dict(ms=whole, muon_ms=muon, summed=summed, gathered=gathered)
 
-def with_gradients(job # a run in progress
+def muon_step(job # a run in progress
                    ):
     "Muon's step by itself."
     for p in job.model.parameters(): p.grad = torch.ones_like(p)
@@ -1319,15 +1319,13 @@ def predicted_ms(found, # from `bench_ranks`
             + b*share*w/(w - 1)*(one['summed'] + one['gathered']/2))
 
 def bench_ranks(cfg,  # a `Config` of one process's share of a step
-                local, # number of this process on its machine
                 steps=20, # to time
                 sizes=(2**16, 2**20, 2**24, 2**27) # bytes that are summed
                 ):
     "What `golf bench ranks` writes down, on every process."
-    device = pick_device(cfg.train.device, local)
-    if device.type == 'cuda': torch.cuda.set_device(device)
-    alone = ranks_row(cfg, Ranks(device=device), steps)
-    with start_ranks(cfg.train.device, cfg.train.threads) as ranks:
+    start = partial(start_ranks, cfg.train.device, cfg.train.threads)
+    with start(join=False) as one: alone = ranks_row(cfg, one, steps)
+    with start() as ranks:
         for key in ('ms', 'muon_ms'): alone[key] = ranks.largest(alone[key])
         found = dict(world=ranks.world, alone=alone,
                      together=ranks_row(cfg, ranks, steps),
@@ -1351,8 +1349,9 @@ def ranks_text(found # from `bench_ranks`
                      f'{n*found["tokens"]/row["ms"]*1e3:14,.0f}')
     lines += [f'{r["bytes"]/2**20:9.2f} MiB summed in {r["ms"]:.3f} ms, '
               f'{r["link"]:.1f} GB/s a link' for r in found['sums']]
+    waits = many['ms'] - one['ms'] + one['muon_ms'] - many['muon_ms']
     return '\n'.join([*lines, f'{w} processes: {found["scaling"]:.3f} times '
-                      'the tokens of one'])
+        f'the tokens of one; {waits:.2f} ms a step more, Muon aside'])
 
 def plot_ranks(found,   # from `bench_ranks`
                title='' # above the plot

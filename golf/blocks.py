@@ -46,7 +46,8 @@ class MLP(nn.Module):
                 x, # [B, T, d], normalised
                 scale=None # [d] of the output's channels
                 ):
-        if self.tiles and torch.compiler.is_compiling():
+        if (self.tiles and torch.compiler.is_compiling()
+                and self.down.weight.requires_grad):
             up, down = self.up.used(x.dtype), self.down.used(x.dtype, scale)
             return fused_mlp(x, up, down, self.leaky, self.tiles)
         return self.down(self.activation(self.up(x)), scale)

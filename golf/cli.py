@@ -7,9 +7,9 @@ __all__ = ['BENCHES', 'expected_formats', 'counted_code', 'describe', 'describe_
            'pack_run', 'pack_command', 'add_pack', 'default_out', 'train_command', 'add_train', 'score_command',
            'add_score', 'compare_command', 'add_compare', 'check_command', 'add_check', 'download_command',
            'add_download', 'build_command', 'add_build', 'inspect_command', 'add_inspect', 'add_data', 'docs_command',
-           'add_docs', 'submit_command', 'add_submit', 'config_asked', 'step_asked', 'train_asked', 'attention_asked',
-           'sliding_asked', 'same_asked', 'threads_asked', 'kernels_asked', 'keep_bench', 'ranks_asked',
-           'bench_command', 'add_bench', 'parser', 'main']
+           'add_docs', 'submit_command', 'add_submit', 'config_asked', 'step_asked', 'without_folder', 'train_asked',
+           'attention_asked', 'sliding_asked', 'same_asked', 'threads_asked', 'kernels_asked', 'keep_bench',
+           'ranks_asked', 'bench_command', 'add_bench', 'parser', 'main']
 
 # %% ../nbs/38_cli.ipynb #ae0b6187
 import argparse
@@ -438,6 +438,11 @@ def step_asked(a, cfg, ranks):
     facts = profile_step(set_up(cfg, ranks), a.steps or 3)
     return facts, step_text(facts, 30), plot_step(facts, cfg.name)
 
+def without_folder(word # of a command
+                   ):
+    "An absolute path's last part: folders are this machine's."
+    return Path(word).name if Path(word).is_absolute() else word
+
 def train_asked(a, cfg, ranks):
     "`golf bench train`."
     if any('=' not in pair for pair in a.env):
@@ -445,8 +450,10 @@ def train_asked(a, cfg, ranks):
     env = dict(pair.split('=', 1) for pair in a.env)
     facts = bench_train(cfg, a.seconds or 60, a.repeat, a.against, env,
                         a.against_tokens, a.cold, ranks)
-    facts |= dict(against=a.against, env=env, cold=a.cold,
-                  against_tokens=a.against_tokens)
+    facts |= dict(
+        against=' '.join(map(without_folder, a.against.split())),
+        env={k: without_folder(v) for k, v in env.items()}, cold=a.cold,
+        against_tokens=a.against_tokens)
     return facts, train_text(facts), plot_train(facts, cfg.name)
 
 def attention_asked(a, cfg, ranks):
@@ -510,8 +517,7 @@ def keep_bench(a,    # parsed arguments
 
 def ranks_asked(a, cfg):
     "`golf bench ranks`, on every process."
-    local = int(os.environ.get('LOCAL_RANK', 0))
-    facts, ranks = bench_ranks(cfg, local, a.steps or 20)
+    facts, ranks = bench_ranks(cfg, a.steps or 20)
     if ranks.first: keep_bench(a, cfg.name, config_text(cfg), ranks, facts,
                                ranks_text(facts), plot_ranks(facts, cfg.name))
 
@@ -545,8 +551,8 @@ def add_bench(sub # subparsers
     p.add_argument('--device', default='', choices=('', 'cpu', 'cuda'))
     p.add_argument('--out', default='runs/bench', help='folder of results')
     p.add_argument('--label', default='', help='of its bar in the history')
-    p.add_argument('--steps', type=int, help='step: profiled; same: of a run; '
-                   'ranks: to time')
+    p.add_argument('--steps', type=int, help='step: profiled; same: of a '
+                   'run; ranks: to time')
     p.add_argument('--seconds', type=float, help='train, threads: of each')
     p.add_argument('--repeat', type=int, default=3, help='train: runs')
     p.add_argument('--against', default='', help='train: another script')

@@ -7,13 +7,14 @@ __all__ = ['ZSTD_BLOCK', 'AUTO', 'SCALES', 'MOST_PRUNED', 'ZONE', 'DOUBT', 'bloc
            'group_bytes', 'header_bytes', 'role_bytes', 'predicted_bytes', 'sample_rows', 'prune_mask', 'Sketch',
            'sketch_grids', 'sketch_roles', 'sketch_bytes', 'open_formats', 'with_reach', 'sketch_error', 'open_names',
            'best_reach', 'least_move', 'refuse', 'solve_reach', 'solve_formats', 'prune_masks', 'zero_codes',
-           'quantize_pruned', 'prune_fraction', 'one_bit_less', 'check_knob', 'drop_bits', 'lighten', 'prune_less',
-           'approach', 'fit_export']
+           'quantize_pruned', 'prune_fraction', 'one_bit_less', 'check_knob', 'drop_bits', 'lighten', 'approach',
+           'fit_export']
 
 # %% ../nbs/20_fit.ipynb #055190f6
 import json
 import math
 from dataclasses import replace
+from functools import cache
 
 import numpy as np
 import torch
@@ -444,21 +445,6 @@ def lighten(sketch, # a `Sketch`
     return tuple(formats), prune_fraction(sketch, formats, room)
 
 # %% ../nbs/20_fit.ipynb #a35b5e7a
-def prune_less(quantise, # (formats, fraction) -> {name: QuantTensor}
-               formats,  # settled
-               fraction, # with which the codes fit
-               room,     # bytes to be predicted, at most
-               tries=5   # roundings between none and that fraction
-               ):
-    "The least fraction with which they do, and its tensors."
-    found = {}
-    def bytes_at(x):
-        found[x] = quantise(formats, x)
-        return predicted_bytes(found[x])
-    x = least_move(bytes_at, 0.0, fraction, room, tries)
-    return x, found[x]
-
-# %% ../nbs/20_fit.ipynb #5b45a352
 def approach(sketch, # a `Sketch`
              quantise, # (formats, fraction) -> {name: QuantTensor}
              settle, # room of the sketch -> (formats, fraction)
@@ -472,10 +458,13 @@ def approach(sketch, # a `Sketch`
         predicted = predicted_bytes(tensors)
         if abs(predicted / room - 1) < 1e-3: break
         factor = predicted / sketch_bytes(sketch, *setting)
-        if setting[1] and predicted < room:
-            fraction, tensors = prune_less(quantise, *setting, room)
-            setting = setting[0], fraction
-            return setting, tensors, predicted_bytes(tensors), factor
+        formats, fraction = setting
+        if fraction and predicted < room:
+            def bytes_at(x): return predicted_bytes(quantise(formats, x))
+            setting = formats, least_move(bytes_at, 0.0, fraction, room, 5)
+            tensors = quantise(*setting)
+            predicted = predicted_bytes(tensors)
+            break
     return setting, tensors, predicted, factor
 
 # %% ../nbs/20_fit.ipynb #c4c46e82
@@ -492,7 +481,7 @@ def fit_export(state, # parameter's name -> trained tensor
                ):
     "(blob, tensors, report); never more than the room, two packs at most."
     sketch, sizes, kept = Sketch(state, formats), [], None
-    def rounded(*setting): return quantise(state, *setting)
+    rounded = cache(lambda *setting: quantise(state, *setting))
     def settle(b): return lighten(sketch, formats, b, knob, role, diagonals)
     setting, zone = settle(math.inf), min(ZONE, room / 25)
     tensors = rounded(*setting)

@@ -258,4 +258,6 @@ class Linear(nn.Module):
         return (w if scale is None else scale[:, None]*w).to(dtype)
 
     def forward(self, x, scale=None):
-        return F.linear(x, self.used(x.dtype, scale))
+        if scale is None or self.weight.requires_grad:
+            return F.linear(x, self.used(x.dtype, scale))
+        return scale.to(x.dtype) * F.linear(x, self.used(x.dtype))

@@ -20,6 +20,7 @@ from types import FunctionType
 
 import torch
 import torch.nn.functional as F
+from torch import library
 
 # %% ../nbs/06_kernels.ipynb #2c9f709e
 H100_FLOPS, H100_BYTES = 798e12, 3.0e12 # a second, measured
@@ -227,7 +228,7 @@ def mlp_backward(ctx, g, _):
 def kernel_ops():
     "Define `torch.ops.golf.mlp` and both halves that have a kernel."
     def define(name, f, schema, fake):
-        op = torch.library.custom_op(f'golf::{name}', f, mutates_args=(),
+        op = library.custom_op(f'golf::{name}', f, mutates_args=(),
                                      schema=schema)
         op.register_fake(fake)
         return op

@@ -18,6 +18,7 @@ import lzma
 import re
 import tokenize
 from collections import Counter
+from string import ascii_letters
 
 from .lean import tidy
 from .settle import free_names, parameters
@@ -123,10 +124,10 @@ def code_text(node # a definition
                      for x in one_liners(lines))
 
 # %% ../nbs/32_layout.ipynb #ddc69a43
-def short_names(avoid # names that are taken
+def short_names(avoid, # names that are taken
+                letters=ascii_letters # in this order
                 ):
     "a, b, ..., aa, ab, ... without those, keywords and builtins."
-    letters = 'abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ'
     taken = {*avoid, *keyword.kwlist, *dir(builtins)}
     for n in itertools.count(1):
         for x in map(''.join, itertools.product(letters, repeat=n)):
@@ -160,8 +161,8 @@ def bound_inside(node # a function or method at the top
 # %% ../nbs/32_layout.ipynb #f9619f9b
 class ShortNames:
     "Short names for those that a file binds."
-    def __init__(self, tree):
-        self.inner = None
+    def __init__(self, tree, letters=ascii_letters):
+        self.inner, self.letters = None, letters
         self.own = {n.name: n for n in tree.body
                     if isinstance(n, ast.FunctionDef)}
         self.own |= {n.name: s for n in tree.body
@@ -182,7 +183,8 @@ class ShortNames:
         kept = set().union(*(b for b, _ in inside.values())) & (
             self.given | both) | (count.keys() - names)
         ranked = sorted(names - both, key=lambda k: (-count[k], k))
-        self.outer = dict(zip(ranked, short_names(kept | self.given)))
+        self.outer = dict(zip(ranked, short_names(kept | self.given,
+                                                  letters)))
         self.maps = {f: self.local(f, *inside[f], both) for f in tops}
 
     def local(self, f, names, args, both):
@@ -194,7 +196,8 @@ class ShortNames:
         moved = names - both - (args & self.given)
         used = {self.outer.get(k, k) for k in order.keys() - moved}
         ranked = [k for k in order if k in moved]
-        return dict(zip(ranked, short_names(used | names - moved)))
+        return dict(zip(ranked, short_names(used | names - moved,
+                                            self.letters)))
 
     def new(self, name):
         "What is written for a name, here."
@@ -278,12 +281,13 @@ def dense(lines # (depth, text) of each line
         i = end
     return out
 
-def minified(code # text of a script
+def minified(code, # text of a script
+             letters=ascii_letters # of short names, the first ones first
              ):
     "(text that does the same, {name at the top: its short one})."
     tree = Wordless().visit(Bare().visit(ast.parse(code)))
     tree.body = [n for n in tree.body if not isinstance(n, ast.Expr)]
-    renamer = Renamer(tree)
+    renamer = Renamer(tree, letters)
     tree = ast.fix_missing_locations(renamer.visit(tree))
     lines = [(len(x) - len(x.lstrip()), x.strip()) for x in
              ast.unparse(tree).split('\n') if x]

@@ -96,11 +96,13 @@ def cpu_share(world # processes on this machine
 # %% ../nbs/15_ranks.ipynb #d047da4b
 @contextmanager
 def start_ranks(want,     # "auto", "cpu" or "cuda"
-                threads=0 # CPU threads a process, 0 = its share
+                threads=0,# CPU threads a process, 0 = its share
+                join=True # False: each process works by itself
                 ):
     "Join the processes torchrun started, if it did; yields `Ranks`."
     number = lambda key, default: int(os.environ.get(key, default))
-    rank, world = number('RANK', 0), number('WORLD_SIZE', 1)
+    rank, world = (number('RANK', 0), number('WORLD_SIZE', 1)
+                   ) if join else (0, 1)
     local = number('LOCAL_RANK', 0)
     device = pick_device(want, local)
     torch.set_num_threads(

