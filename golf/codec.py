@@ -121,9 +121,10 @@ def table_bits(counts:np.ndarray # int64 [..., 256]
 def merge_tables(counts:np.ndarray # int64 [keys, 256]
                  ) -> tuple: # uint8 [keys]: its table; int64 [tables, 256]
     "Join neighbouring keys that are better off with one table."
-    tables, ends = list(counts), list(range(1, len(counts) + 1))
-    bits = list(table_bits(counts))
-    joint = list(table_bits(counts[:-1] + counts[1:]))
+    keys = np.flatnonzero(counts.any(1))
+    tables, ends = list(counts[keys]), [*keys[1:], len(counts)]
+    bits = list(table_bits(counts[keys]))
+    joint = list(table_bits(counts[keys[:-1]] + counts[keys[1:]]))
     while joint:
         worse = [j - p - q for j, p, q in zip(joint, bits, bits[1:])]
         i = int(np.argmin(worse))

@@ -5,11 +5,10 @@
 # %% auto #0
 __all__ = ['STAND_INS', 'REPORTED', 'SEED', 'START', 'STUB', 'section', 'section_text', 'config_code', 'import_code',
            'bare_dataset', 'needs_shards', 'bare_check', 'Ahead', 'broke', 'Order', 'bare_ledger', 'bare_clock',
-           'bare_limit', 'bare_read', 'bare_unzip', 'bare_refusal', 'bare_write', 'bare_cores', 'nothing', 'freely',
-           'plain_kernels', 'masked_attention', 'no_choice', 'named_choice', 'mask_layout', 'Settled', 'whole_rows',
-           'whole_losses', 'one_window', 'stand_in', 'Unreported', 'asked', 'trained', 'run_submission', 'nothing_said',
-           'file_nodes', 'published', 'kernel_swaps', 'file_units', 'submission_code', 'self_extracting',
-           'submission_bytes']
+           'bare_limit', 'bare_read', 'bare_unzip', 'bare_write', 'bare_cores', 'nothing', 'freely', 'plain_kernels',
+           'masked_attention', 'no_choice', 'named_choice', 'mask_layout', 'Settled', 'whole_rows', 'whole_losses',
+           'one_window', 'stand_in', 'Unreported', 'asked', 'trained', 'run_submission', 'nothing_said', 'file_nodes',
+           'published', 'kernel_swaps', 'file_units', 'submission_code', 'self_extracting', 'submission_bytes']
 
 # %% ../nbs/33_onefile.ipynb #17deeee2
 import argparse
@@ -201,10 +200,6 @@ def bare_unzip(packed, size, what=''):
     "Stands in for `zstd_unpack` and `unzip_exactly`."
     return zstandard.ZstdDecompressor().decompress(packed)
 
-def bare_refusal(what, sizes, room):
-    "Stands in for `refuse`."
-    raise ValueError(f'{what} takes more than {room:,} bytes')
-
 def bare_write(path, blob):
     "Stands in for `write_artifact`."
     Path(path).write_bytes(blob)
@@ -310,11 +305,11 @@ STAND_INS = dict(
     check_limit='bare_limit', read_artifact='bare_read',
     write_artifact='bare_write', available_cores='bare_cores',
     check_scorer='nothing', zstd_unpack='bare_unzip',
-    unzip_exactly='bare_unzip', refuse='bare_refusal',
+    unzip_exactly='bare_unzip', refuse='nothing',
     prove_rounding='nothing', ttt_method='nothing',
     byte_budget='nothing', sliding_method='no_choice')
 REPORTED = {'method', 'along', 'chunks', 'rules', 'data', 'limit_seconds',
-            'packs', 'moved', 'predicted', 'best', 'bytes', 'room',
+            'packs', 'moved', 'predicted', 'ends', 'bytes', 'room',
             'fraction', 'formats', 'scale'} # by the package only
 
 # %% ../nbs/33_onefile.ipynb #120dc77c

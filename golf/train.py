@@ -30,7 +30,8 @@ from .calibrate import (collect_hessians, fit_temperature,
 from .corpus import resolve_dataset
 from .data import (Dataset, Loader, TokenStream, atomic_path, byte_tables,
                        heldout_tokens, load_tokenizer, target_bytes)
-from .fit import check_knob, open_formats, solve_formats
+from .fit import (Sketch, check_knob, open_formats, solve_reach,
+                      with_reach)
 from .grid import check_formats, format_of
 from .kernels import KernelChoice
 from .model import (build_model, choose_attention, choose_kernels,
@@ -356,9 +357,9 @@ def fix_grids(job,     # the run, about to round
             and open_formats(job.formats)): return
     state = {k: p.detach() for k, p in job.model.named_parameters()}
     room = 2**40 if dry else job.room
-    settled = job.ranks.share(
-        lambda: solve_formats(state, job.formats, room)[0])
-    if not dry: take_formats(job, settled)
+    solved = job.ranks.share(lambda: solve_reach(
+        Sketch(state, job.formats), job.formats, room))
+    if not dry: take_formats(job, with_reach(job.formats, *solved))
 
 def take_formats(job,    # the run
                  formats # of its parameters, every rule settled

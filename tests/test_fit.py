@@ -9,7 +9,7 @@ from golf.config import (ModelConfig, build_config, config_text,
                          load_run_config, parse_yaml)
 from golf.fit import (Sketch, check_knob, fit_export, lighten, open_formats,
                       predicted_bytes, prune_masks, quantize_pruned,
-                      sketch_bytes, solve_formats, with_reach)
+                      sketch_bytes, solve_reach, with_reach)
 from golf.gptq import gptq_state
 from golf.grid import dequantize_rows, qmax
 from golf.model import build_model, parameter_shapes
@@ -91,6 +91,14 @@ OPEN = (('tok_emb.weight', 'int8'), ('*.mlp.*', 'int5 sd auto'),
         ('*.weight', 'int6 sd auto'))
 
 
+def solve_formats(state, formats, room):
+    """Settled formats, and what is known of them."""
+    sketch = Sketch(state, formats)
+    scale, ends = solve_reach(sketch, formats, room)
+    solved = with_reach(formats, scale, ends)
+    return solved, dict(predicted=sketch_bytes(sketch, solved), scale=scale, ends=ends)
+
+
 def test_bytes_fall_with_k_and_with_pruning_and_not_with_magnitude():
     state = make_state('tails', 4)
     sketch = Sketch(state, OPEN)
@@ -121,7 +129,7 @@ def test_the_solved_grid_is_what_training_and_export_round_to():
     state = dict(model.named_parameters())
     room = int(.85*solve_formats(state, OPEN, 10**7)[1]['predicted'])
     solved, report = solve_formats(state, OPEN, room)
-    assert report['moved'] and report['predicted'] <= room
+    assert report['scale'] > 1 and report['predicted'] <= room
     assign_grids(model, solved)
     refresh_clips(model)
     k = float(dict(solved)['*.mlp.*'].split('sd')[1])
@@ -135,8 +143,7 @@ def test_the_solved_grid_is_what_training_and_export_round_to():
             wanted = k*m.weight.square().mean(1).sqrt()/qmax(5)
             torch.testing.assert_close(t.scale.float(), wanted, rtol=1e-3,
                                        atol=1e-6)
-    # nothing is open now, so another room finds the same formats
-    assert solve_formats(state, solved, 1)[0] == solved
+    assert with_reach(solved, 3.) == solved  # nothing is open now
 
 
 def test_matrices_that_are_still_zero_count_as_gaussian():
@@ -148,13 +155,26 @@ def test_matrices_that_are_still_zero_count_as_gaussian():
     assert abs(a/b - 1) < .02
 
 
+def test_each_width_has_the_end_that_it_would_have_alone():
+    state = make_state('laplace', 8)
+    solved, report = solve_formats(state, OPEN, 10**7)
+    for bits, part, other in ((5, 'mlp', 'attn'), (6, 'attn', 'mlp')):
+        rest = [(f'*.{other}.*.weight', 'int6'), ('tok_emb.weight', 'int8')]
+        alone = solve_formats(state, [*rest, (
+            '*.weight', f'int{bits} sd auto')], 10**7)[1]
+        assert alone['ends'] == {bits: report['ends'][bits]}
+        assert f'int{bits} sd{report["ends"][bits]:.4f}' in dict(
+            solved).values()
+
+
 def test_the_optimum_is_taken_where_it_fits():
     state = make_state('laplace', 6)
     wide = solve_formats(state, OPEN, 10**7)[1]
-    assert wide['scale'] == wide['best'] and not wide['moved']
-    tight = solve_formats(state, OPEN, int(.8*wide['predicted']))[1]
-    assert tight['best'] == wide['best'] < tight['scale']
-    assert .998 < tight['predicted']/tight['room'] <= 1
+    assert wide['scale'] == 1
+    room = int(.8*wide['predicted'])
+    tight = solve_formats(state, OPEN, room)[1]
+    assert tight['ends'] == wide['ends'] and tight['scale'] > 1
+    assert .998 < tight['predicted']/room <= 1
     with pytest.raises(ValueError, match='over the .* there are.*mlp.up'):
         solve_formats(state, OPEN, 30_000)
 
