@@ -278,13 +278,15 @@ def least_move(bytes_at, # of a number: predicted bytes, falling
                low, # here they exceed the room
                high, # here they do not
                room, # bytes
-               tries=40 # numbers to ask for, at most
+               tries=40, # numbers to ask for, at most
+               slack=5e-4 # part of the room that may be left
                ):
     "About the least number whose bytes fit into the room; never over it."
     over, under = bytes_at(low) - room, bytes_at(high) - room
-    for _ in range(tries):
-        if -room / 2000 <= under or high - low < 1e-6: break
-        share = (over + room / 4000) / max(over - under, 1)
+    for i in range(tries):
+        if -slack * room <= under or high - low < 1e-6: break
+        share = (over + slack / 2 * room) / max(over - under, 1)
+        if i % 2: share = 0.5
         x = low + min(max(share, 0.1), 0.9) * (high - low)
         gap = bytes_at(x) - room
         if gap > 0: low, over = x, gap
@@ -456,7 +458,8 @@ def approach(sketch, # a `Sketch`
         formats, fraction = setting
         if fraction and predicted < room:
             def bytes_at(x): return predicted_bytes(quantise(formats, x))
-            setting = formats, least_move(bytes_at, 0.0, fraction, room, 5)
+            setting = formats, least_move(bytes_at, 0.0, fraction, room, 10,
+                                          2e-3)
             tensors = quantise(*setting)
             predicted = predicted_bytes(tensors)
             break
