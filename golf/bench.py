@@ -1314,9 +1314,8 @@ def predicted_ms(found, # from `bench_ranks`
     one, w = found['alone'], found['world']
     if n == 1 or w == 1: return one['ms']
     a, b = line_through(found['sums'])
-    share = (n - 1)/n
-    return (one['ms'] - share*one['muon_ms'] + 2*a
-            + b*share*w/(w - 1)*(one['summed'] + one['gathered']/2))
+    sent = one['summed'] + one['gathered']/2
+    return one['ms'] + 2*a + b*(n - 1)/n*w/(w - 1)*sent
 
 def bench_ranks(cfg,  # a `Config` of one process's share of a step
                 steps=20, # to time
@@ -1349,9 +1348,8 @@ def ranks_text(found # from `bench_ranks`
                      f'{n*found["tokens"]/row["ms"]*1e3:14,.0f}')
     lines += [f'{r["bytes"]/2**20:9.2f} MiB summed in {r["ms"]:.3f} ms, '
               f'{r["link"]:.1f} GB/s a link' for r in found['sums']]
-    waits = many['ms'] - one['ms'] + one['muon_ms'] - many['muon_ms']
     return '\n'.join([*lines, f'{w} processes: {found["scaling"]:.3f} times '
-        f'the tokens of one; {waits:.2f} ms a step more, Muon aside'])
+        f'the tokens of one; {many["ms"] - one["ms"]:.2f} ms a step more'])
 
 def plot_ranks(found,   # from `bench_ranks`
                title='' # above the plot

@@ -4,15 +4,16 @@
 
 # %% auto #0
 __all__ = ['ZSTD_BLOCK', 'AUTO', 'WIDEST', 'MOST_PRUNED', 'ZONE', 'DOUBT', 'block_bytes', 'byte_planes', 'run_bytes',
-           'group_bytes', 'header_bytes', 'role_bytes', 'predicted_bytes', 'sample_rows', 'prune_mask', 'Sketch',
-           'sketch_grids', 'sketch_roles', 'sketch_bytes', 'open_formats', 'with_reach', 'sketch_error', 'open_names',
-           'best_ends', 'least_move', 'refuse', 'fitting', 'solve_reach', 'prune_masks', 'zero_codes',
+           'group_bytes', 'header_bytes', 'role_bytes', 'predicted_bytes', 'sample_rows', 'prune_mask', 'one_thread',
+           'Sketch', 'sketch_grids', 'sketch_roles', 'sketch_bytes', 'open_formats', 'with_reach', 'sketch_error',
+           'open_names', 'best_ends', 'least_move', 'refuse', 'fitting', 'solve_reach', 'prune_masks', 'zero_codes',
            'quantize_pruned', 'prune_fraction', 'one_bit_less', 'check_knob', 'drop_bits', 'lighten', 'approach',
            'fit_export']
 
 # %% ../nbs/20_fit.ipynb #055190f6
 import json
 import math
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
 
@@ -128,9 +129,19 @@ def prune_mask(size:torch.Tensor, # what counts as small, any shape
     mask |= equal & (equal.cumsum(0) <= n - mask.sum())
     return mask.view(size.shape)
 
+# %% ../nbs/20_fit.ipynb #3fefa64b
+@contextmanager
+def one_thread():
+    "Operations on the CPU use one thread in here; also a decorator."
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try: yield
+    finally: torch.set_num_threads(before)
+
 # %% ../nbs/20_fit.ipynb #eca7fb8c
 class Sketch:
     "A sample of a model's rows, to predict its bytes in any formats."
+    @one_thread()
     def __init__(self,
                  state, # parameter's name -> tensor, on any device
                  formats, # (pattern, format) pairs; they say what is integer
@@ -321,6 +332,7 @@ def fitting(what, # is tried at most
 # %% ../nbs/20_fit.ipynb #8a5f12e7
 WIDEST = 6.0 # a factor beyond which there is no model left
 
+@one_thread()
 def solve_reach(sketch, # a `Sketch`
                 formats, # (pattern, format) pairs, some open
                 room, # bytes for the model

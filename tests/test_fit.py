@@ -146,6 +146,21 @@ def test_the_solved_grid_is_what_training_and_export_round_to():
     assert with_reach(solved, 3.) == solved  # nothing is open now
 
 
+def test_a_solution_uses_one_thread_and_leaves_the_others():
+    before, seen = torch.get_num_threads(), []
+    class Watched(Sketch):
+        def grid(self, *args):
+            seen.append(torch.get_num_threads())
+            return super().grid(*args)
+    try:
+        torch.set_num_threads(2)
+        solve_reach(Watched(make_state('gaussian', 9), OPEN), OPEN, 10**7)
+        assert set(seen) == {1} and torch.get_num_threads() == 2
+        with pytest.raises(ValueError): solve_formats(make_state('gaussian', 9), OPEN, 100)
+        assert torch.get_num_threads() == 2
+    finally: torch.set_num_threads(before)
+
+
 def test_matrices_that_are_still_zero_count_as_gaussian():
     state = make_state('gaussian', 5)
     fresh = {n: torch.zeros_like(w) if 'attn.o' in n or 'down' in n else w
