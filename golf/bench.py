@@ -1301,7 +1301,7 @@ def ranks_row(cfg,   # a `Config` of one process's share
     return dict(ms=whole, muon_ms=muon, summed=summed, gathered=gathered)
 
 def muon_step(job # a run in progress
-                   ):
+              ):
     "Muon's step by itself."
     for p in job.model.parameters(): p.grad = torch.ones_like(p)
     job.optimizers.muon.step()
@@ -1359,12 +1359,12 @@ def plot_ranks(found,   # from `bench_ranks`
     ax, per = axes[0, 0], found['tokens']/1e3
     ns = range(1, 9)
     ax.plot(ns, [n*per/predicted_ms(found, n) for n in ns], color=MUTED)
-    ax.plot(ns, [n*per/found['alone']['ms'] for n in ns], ':', color=FAINT)
+    ax.plot(ns, [n*per/found['alone']['ms'] for n in ns], ':', color=MUTED)
     for n, row in ((1, found['alone']), (found['world'],
                                          found['together'])):
         ax.plot(n, n*per/row['ms'], 'o', color=ORANGE)
     for i, (what, color) in enumerate((('measured', ORANGE),
-            ('predicted', MUTED), ('if nothing were sent', FAINT))):
+            ('predicted', MUTED), ('dotted: if nothing were sent', MUTED))):
         corner_label(ax, i, what, color, (.99, .4))
     ax.set_xlabel('processes'); ax.set_ylabel('million tokens a second')
     return fig

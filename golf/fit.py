@@ -192,6 +192,7 @@ def sketch_grids(sketch, # a `Sketch`
                 grids.items(), masks.split([len(s) for s in steps]))}
 
 # %% ../nbs/20_fit.ipynb #b3f5da09
+@one_thread()
 def sketch_roles(sketch, # a `Sketch`
                  formats, # (pattern, format) pairs
                  fraction=0.0 # of the integer weights to prune
@@ -237,6 +238,7 @@ def with_reach(formats:list, # (pattern, format) pairs
     return tuple((pattern, settle(fmt)) for pattern, fmt in formats)
 
 # %% ../nbs/20_fit.ipynb #f22972ae
+@one_thread()
 def sketch_error(sketch, # a `Sketch`
                  formats, # (pattern, format) pairs
                  names, # matrices to count
@@ -324,7 +326,7 @@ def fitting(what, # is tried at most
             room # bytes
             ):
     "The least number from 0 on whose bytes fit; ValueError if none do."
-    def bytes_at(x): return sum(sizes(x).values())
+    bytes_at = cache(lambda x: sum(sizes(x).values()))
     if bytes_at(0.0) <= room: return 0.0
     if bytes_at(most) > room: refuse(what, sizes(most), room)
     return least_move(bytes_at, 0.0, most, room)
@@ -332,7 +334,6 @@ def fitting(what, # is tried at most
 # %% ../nbs/20_fit.ipynb #8a5f12e7
 WIDEST = 6.0 # a factor beyond which there is no model left
 
-@one_thread()
 def solve_reach(sketch, # a `Sketch`
                 formats, # (pattern, format) pairs, some open
                 room, # bytes for the model

@@ -5,11 +5,10 @@
 # %% auto #0
 __all__ = ['STAND_INS', 'REPORTED', 'SEED', 'START', 'STUB', 'section', 'section_text', 'config_code', 'import_code',
            'bare_dataset', 'needs_shards', 'bare_check', 'Ahead', 'broke', 'Order', 'bare_ledger', 'bare_clock',
-           'bare_limit', 'bare_read', 'bare_unzip', 'bare_write', 'bare_clip', 'bare_cores', 'nothing', 'freely',
-           'plain_kernels', 'masked_attention', 'no_choice', 'named_choice', 'mask_layout', 'Settled', 'whole_rows',
-           'whole_losses', 'one_window', 'stand_in', 'Unreported', 'asked', 'trained', 'run_submission', 'nothing_said',
-           'file_nodes', 'published', 'kernel_swaps', 'file_units', 'submission_code', 'self_extracting',
-           'submission_bytes']
+           'bare_limit', 'bare_read', 'bare_unzip', 'bare_write', 'bare_cores', 'nothing', 'freely', 'plain_kernels',
+           'masked_attention', 'no_choice', 'named_choice', 'mask_layout', 'Settled', 'whole_rows', 'whole_losses',
+           'one_window', 'stand_in', 'Unreported', 'asked', 'trained', 'run_submission', 'nothing_said', 'file_nodes',
+           'published', 'kernel_swaps', 'file_units', 'submission_code', 'self_extracting', 'submission_bytes']
 
 # %% ../nbs/33_onefile.ipynb #17deeee2
 import argparse
@@ -204,13 +203,6 @@ def bare_unzip(packed, size, what=''):
 def bare_write(path, blob):
     "Stands in for `write_artifact`."
     Path(path).write_bytes(blob)
-
-def bare_clip(w, bits, rule, number=0.):
-    "Stands in for `clip_ratio` where no rule has a quantile or a search."
-    if rule == 'max': return None
-    size = w.detach().double().abs()
-    edge = number*size.square().mean(1).sqrt()
-    return torch.where(edge > 0, edge/size.amax(1), 1.).float()
 
 def bare_cores():
     "Stands in for `available_cores`."
@@ -465,9 +457,8 @@ def file_units(cfg # a `Config`
     if cfg.data.path != 'embedded':
         swaps['embedded_dataset'] = 'needs_shards'
     if not cfg.score.deterministic: swaps['deterministic'] = 'freely'
-    if not any(rule in fmt for _, fmt in cfg.quant.formats
-               for rule in ('mse', ' q')):
-        swaps |= dict(clip_ratio='bare_clip', best_clip='nothing')
+    if not any('mse' in fmt for _, fmt in cfg.quant.formats):
+        swaps['best_clip'] = 'nothing'
     if cfg.gptq.enabled: swaps['quantize_pruned'] = 'nothing'
     swaps |= kernel_swaps(cfg)
     for name, by in swaps.items(): units = stand_in(units, name, by)

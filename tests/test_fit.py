@@ -304,6 +304,22 @@ def test_gptq_is_pruned_no_more_than_it_needs():
             assert .98*report['room'] < len(blob) <= report['room']
 
 
+@pytest.mark.parametrize('part', (.985, .97, .95))
+def test_pruning_that_is_free_for_long_and_then_dear(part):
+    # as GPTQ's is for weights that sit on their codes; the sketch expects
+    # bytes to fall earlier, and its fraction frees far too much
+    state, formats = make_state('gaussian', 13), (('*.weight', 'int5 sd4.0'),)
+    room = int(part*len(pack(quantize_state(state, formats))))
+    sketch = Sketch(state, formats)
+    thought = lighten(sketch, formats, part*sketch_bytes(sketch, formats),
+                      'prune', '')[1]
+    def steep(state, formats, fraction):
+        real = 10*max(0., fraction - .8*thought)
+        return quantize_pruned(state, formats, min(.9, real))
+    blob, _, report = fit_export(state, steep, pack, room, formats=formats)
+    assert report['moved'] and .975*room < len(blob) <= room
+
+
 def test_pruning_is_exact_and_of_the_smallest():
     state = make_state('tails', 11)
     formats = [('*.weight', 'int5 sd4.0')]
