@@ -1,10 +1,16 @@
 """Muon's update must not depend on how many ranks share the work."""
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from golf.muon import Muon
+from golf.ranks import start_ranks
+
+ROOT = Path(__file__).resolve().parents[1]
 
 # Stacks of 5, 3 and 1: none divides by 2, the last leaves rank 1 idle.
 SHAPES = 5 * [(12, 12)] + 3 * [(20, 8)] + [(8, 20)]
@@ -28,24 +34,25 @@ def train(variant, steps=8):
     return [p.detach() for p in params], opt.state_dict()
 
 
-def worker(rank, world, folder):
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous",
-                            rank=rank, world_size=world)
-    try:
+def worker(folder):
+    "What torchrun starts twice: one rank's work, left in files."
+    with start_ranks("cpu", threads=1) as ranks:
         for variant in VARIANTS:
             params, state = train(variant)
             torch.save({"params": params, "state": state},
-                       f"{folder}/{variant}{rank}.pt")
-        dist.barrier()
-    finally:
-        dist.destroy_process_group()
+                       f"{folder}/{variant}{ranks.rank}.pt")
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     "What each of two ranks was left with, all variants."
     folder = tmp_path_factory.mktemp("world")
-    mp.spawn(worker, args=(2, str(folder)), nprocs=2)
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone",
+         "--nproc-per-node", "2", __file__, folder], capture_output=True,
+        text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1",
+                                     "PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0, done.stderr
     return folder
 
 
@@ -82,3 +89,7 @@ def test_state_of_another_world_is_refused():
     with pytest.raises(ValueError, match="same world size"):
         opt.step()
     assert all(p.abs().sum() == 0 for p in params)
+
+
+if __name__ == "__main__":
+    worker(sys.argv[1])
