@@ -13,10 +13,10 @@ __all__ = ['CATEGORIES', 'HOST', 'NAME_RULES', 'OPTIMIZER', 'DEVICE', 'COLORS', 
            'field_mark', 'golf_mark', 'pace_of', 'end_session', 'watch_training', 'train_settings', 'train_row',
            'foreign_command', 'train_once', 'bench_train', 'train_line', 'train_summary', 'train_text', 'plot_train',
            'attention_row', 'first_line', 'bench_attention', 'attention_text', 'plot_rows', 'score_variants',
-           'sliding_row', 'bench_sliding', 'sliding_line', 'forget_graphs', 'curve_distance', 'loss_curve',
-           'bench_same', 'same_text', 'plot_same', 'thread_choices', 'threads_row', 'threads_line', 'bench_threads',
-           'kernels_text', 'sum_row', 'line_through', 'step_bytes', 'ranks_row', 'muon_step', 'predicted_ms',
-           'bench_ranks', 'ranks_text', 'plot_ranks']
+           'sliding_row', 'bench_sliding', 'sliding_line', 'ttt_variants', 'ttt_row', 'bench_ttt', 'ttt_line',
+           'forget_graphs', 'curve_distance', 'loss_curve', 'bench_same', 'same_text', 'plot_same', 'thread_choices',
+           'threads_row', 'threads_line', 'bench_threads', 'kernels_text', 'sum_row', 'line_through', 'step_bytes',
+           'ranks_row', 'muon_step', 'predicted_ms', 'bench_ranks', 'ranks_text', 'plot_ranks']
 
 # %% ../nbs/36_bench.ipynb #768a7426
 import bisect
@@ -49,7 +49,7 @@ from torch.profiler import ProfilerActivity, profile
 
 # %% ../nbs/36_bench.ipynb #57c5ab9b
 from .averaging import build_average
-from .config import config_text
+from .config import TttConfig, config_text
 from .corpus import resolve_dataset
 from .data import atomic_path, available_cores
 from .kernels import H100_BYTES, H100_FLOPS
@@ -67,6 +67,7 @@ from .score import (Text, artifact_model, check_text, compiled_forward,
                         deterministic, score_stage)
 from .train import (Clock, micro_rows, random_batch, run_steps, set_up,
                         train_step, warm_up)
+from .ttt import ttt_stage
 
 # %% ../nbs/36_bench.ipynb #a3bee3ff
 def wait_for(device # torch.device
@@ -1086,6 +1087,88 @@ def sliding_line(row # from `sliding_row`
     return (f'{row["variant"]:28}{row["bpb"]:10.6f} BPB'
             f'{row["seconds"]:9.3f} s ({row["first_seconds"]:.2f} the '
             'first time)')
+
+# %% ../nbs/36_bench.ipynb #cb13f0a0
+def ttt_variants(ttt,  # the artifact's `TttConfig`
+                 tries # mappings of its fields, each one variant
+                 ):
+    "[(label, `TttConfig`)], each of them a legal one."
+    out = []
+    for over in tries:
+        if not isinstance(over, dict):
+            raise ValueError(f'--tries: {over!r} is no mapping of fields of '
+                             'ttt, as in [{lr: 1e-4}, {blocks: 2}]')
+        strange = [k for k in over if not hasattr(ttt, k)]
+        if strange: raise ValueError(
+            f'ttt.{strange[0]}: this version has no such field')
+        label = ' '.join(f'{k} {v}' for k, v in over.items())
+        out.append((label or 'as it is', replace(
+            ttt, **dict(over, enabled=True))))
+    return out
+
+# %% ../nbs/36_bench.ipynb #85a7577b
+def ttt_row(label, # of the variant
+            ttt,   # its `TttConfig`, None: no learning
+            path,  # model.golf
+            text,  # a `Text`
+            ranks, # `Ranks`
+            over,  # {field of `ScoreConfig`: another value}
+            times=1 # passes; the last one's seconds count
+            ):
+    "{variant, loss, bpb, seconds}, or why it failed."
+    try:
+        torch.compiler.reset()  # which weights learn is in the graph
+        model, score, meta = artifact_model(path, ranks.device, over)
+        learns = ttt is not None
+        if learns: meta = dict(meta, ttt=vars(ttt))
+        with deterministic(score.deterministic):
+            forward = compiled_forward(model, score, ranks, learns)
+            for _ in range(times):
+                stage = (ttt_stage(forward, text, meta, ranks) if learns else
+                         score_stage('sliding', forward, text, score, ranks))
+    except Exception as e:
+        return dict(variant=label, failed=first_line(e))
+    return dict(variant=label, loss=stage['val_loss'], bpb=stage['val_bpb'],
+                seconds=stage['seconds'], method=stage['method'])
+
+# %% ../nbs/36_bench.ipynb #5486ac6a
+def bench_ttt(path,    # model.golf
+              dataset, # a `Dataset`: development text
+              ranks,   # `Ranks`
+              tries,   # mappings of fields of `TttConfig`
+              over=None, # {field of `ScoreConfig`: another value}
+              say=print
+              ):
+    "What `golf bench ttt` writes down."
+    _, score, meta = artifact_model(path, ranks.device, over)
+    check_text(dataset, meta['tokenizer_sha256'], path)
+    before, text = torch.get_num_threads(), Text(dataset, score)
+    torch.set_num_threads(score.threads)
+    ways = dict(ttt_variants(TttConfig(**meta['ttt']), tries))
+    none = ttt_row('no learning', None, path, text, ranks, over)
+    rows = [none]
+    for label, ttt in ways.items():
+        row = ttt_row(label, ttt, path, text, ranks, over)
+        if {'bpb'} <= set(row) & set(none):
+            row['gain_mbpb'] = 1000*(none['bpb'] - row['bpb'])
+        rows.append(row)
+        say(ttt_line(row))
+    best = max((r for r in rows if 'gain_mbpb' in r), default=None,
+               key=lambda r: r['gain_mbpb'])
+    if best: best['seconds'] = ttt_row(
+        best['variant'], ways[best['variant']], path, text, ranks, over, 2
+        )['seconds']
+    torch.set_num_threads(before)
+    return dict(artifact=hashlib.sha256(Path(path).read_bytes()).hexdigest(),
+                dataset=dataset.name, targets=text.targets, rows=rows,
+                best=best and best['variant'])
+
+def ttt_line(row # from `ttt_row`, with its gain
+             ):
+    "A variant as one line."
+    if 'failed' in row: return f'{row["variant"]:36} {row["failed"]}'
+    return (f'{row["variant"]:36}{row["bpb"]:10.6f} BPB '
+            f'{row.get("gain_mbpb", 0):+8.3f} mBPB gained')
 
 # %% ../nbs/36_bench.ipynb #eb3e13a4
 def forget_graphs():

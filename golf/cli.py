@@ -8,8 +8,8 @@ __all__ = ['BENCHES', 'expected_formats', 'counted_code', 'describe', 'describe_
            'add_score', 'compare_command', 'add_compare', 'check_command', 'add_check', 'download_command',
            'add_download', 'build_command', 'add_build', 'inspect_command', 'add_inspect', 'add_data', 'docs_command',
            'add_docs', 'submit_command', 'add_submit', 'config_asked', 'step_asked', 'without_folder', 'train_asked',
-           'attention_asked', 'sliding_asked', 'same_asked', 'threads_asked', 'kernels_asked', 'keep_bench',
-           'ranks_asked', 'bench_command', 'add_bench', 'parser', 'main']
+           'attention_asked', 'artifact_asked', 'sliding_asked', 'ttt_asked', 'same_asked', 'threads_asked',
+           'kernels_asked', 'keep_bench', 'ranks_asked', 'bench_command', 'add_bench', 'parser', 'main']
 
 # %% ../nbs/38_cli.ipynb #ae0b6187
 import argparse
@@ -24,9 +24,9 @@ from .artifact import (byte_budget, check_limit, export_artifact,
                            write_artifact)
 from .bench import (attention_text, bench_attention, bench_ranks,
                         bench_same, bench_sliding, bench_threads,
-                        bench_train, kernels_text, measurement, plot_ranks,
-                        plot_rows, plot_same, plot_step, plot_train,
-                        profile_step, ranks_text, same_text,
+                        bench_train, bench_ttt, kernels_text, measurement,
+                        plot_ranks, plot_rows, plot_same, plot_step,
+                        plot_train, profile_step, ranks_text, same_text,
                         save_measurement, step_text, train_text,
                         without_data)
 from .build import build_dataset, inspect_dataset, inspect_text
@@ -464,15 +464,32 @@ def attention_asked(a, cfg, ranks):
         facts['rows'], 'backend', ['forward_ms', 'both_ms'], 'ms')
 
 # %% ../nbs/38_cli.ipynb #3f14fb98
-def sliding_asked(a, cfg, ranks):
-    "`golf bench sliding`."
+def artifact_asked(a # parsed arguments
+                   ):
+    "(model.golf, the text to score): what is measured instead of a config."
     os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
     path = Path(a.config)
+    return (path/'model.golf' if path.is_dir() else path,
+            resolve_dataset(a.data or 'embedded', a.tokenizer))
+
+def sliding_asked(a, cfg, ranks):
+    "`golf bench sliding`."
     facts = bench_sliding(
-        path/'model.golf' if path.is_dir() else path,
-        resolve_dataset(a.data or 'embedded', a.tokenizer), ranks,
+        *artifact_asked(a), ranks,
         dict(method=a.method, stride=a.stride, batch=a.batch))
     return facts, '', plot_rows(facts['rows'], 'variant', ['seconds'], 's')
+
+def ttt_asked(a, cfg, ranks):
+    "`golf bench ttt`."
+    over = {k: getattr(a, k) for k in ('method', 'stride', 'batch')}
+    if max(map(len, over.values())) > 1: raise ValueError(
+        'golf bench ttt: give one --method, one --stride and one --batch')
+    facts = bench_ttt(
+        *artifact_asked(a), ranks, [parse_yaml(t, '--tries')
+                                    for t in a.tries or ['{}']],
+        {k: v[0] for k, v in over.items() if v})
+    return facts, f'best: {facts["best"]}', plot_rows(
+        facts['rows'], 'variant', ['gain_mbpb'], 'mBPB gained')
 
 def same_asked(a, cfg, ranks):
     "`golf bench same`."
@@ -499,7 +516,7 @@ def kernels_asked(a, cfg, ranks):
 # %% ../nbs/38_cli.ipynb #07a1c4ca
 BENCHES = dict(step=step_asked, train=train_asked, same=same_asked,
                attention=attention_asked, sliding=sliding_asked,
-               threads=threads_asked, kernels=kernels_asked)
+               ttt=ttt_asked, threads=threads_asked, kernels=kernels_asked)
 
 def keep_bench(a,    # parsed arguments
                name, # of what was measured
@@ -524,7 +541,7 @@ def ranks_asked(a, cfg):
 def bench_command(a # parsed arguments
                   ):
     "`golf bench`: measure, print, and keep."
-    artifact = a.what == 'sliding'
+    artifact = a.what in ('sliding', 'ttt')
     cfg = None if artifact else config_asked(a)
     if a.what == 'ranks': return ranks_asked(a, cfg)
     device = cfg.train.device if cfg else a.device or 'auto'
@@ -543,7 +560,8 @@ def add_bench(sub # subparsers
     p = sub.add_parser('bench', help='where the time goes, and how fast')
     p.add_argument('what', choices=[*BENCHES, 'ranks'])
     p.add_argument('config', nargs='?', default='auto',
-                   help='as for train; sliding: model.golf, or its folder')
+                   help='as for train; sliding, ttt: model.golf, or its '
+                   'folder')
     p.add_argument('--data', default='', help='"" is the embedded text')
     p.add_argument('--tokenizer', default='', help="if not the folder's own")
     p.add_argument('--seed', type=int, default=1337)
@@ -561,7 +579,9 @@ def add_bench(sub # subparsers
     p.add_argument('--cold', action='store_true', help='train: new caches')
     for key, kind in (('method', str), ('stride', int), ('batch', int)):
         p.add_argument(f'--{key}', nargs='*', type=kind, default=[],
-                       help=f'sliding: values of score.{key}')
+                       help=f'sliding: values of score.{key}; ttt: one')
+    p.add_argument('--tries', nargs='*', default=[],
+                   help='ttt: YAML each, laid over its settings')
     for key in ('reference', 'fast'):
         p.add_argument(f'--{key}', default='', help='same: YAML of this path')
     p.add_argument('--eager', action='store_true', help='threads: no compile')

@@ -112,10 +112,8 @@ def sample_rows(w:torch.Tensor, # a matrix
     "The same random rows each time; Gaussian ones for a matrix of zeros."
     draw, n = torch.Generator().manual_seed(0), math.ceil(len(w) * share)
     if not bool(w.any()): return torch.randn(n, w.shape[1], generator=draw)
-    if n < len(w):
-        picked = torch.randperm(len(w), generator=draw)[:n].sort().values
-        w = w[picked.to(w.device)]
-    return w.detach().float().cpu()
+    picked = torch.randperm(len(w), generator=draw)[:n].sort().values
+    return w.detach()[picked.to(w.device)].float().cpu()
 
 # %% ../nbs/20_fit.ipynb #66dc85a5
 def prune_mask(size:torch.Tensor, # what counts as small, any shape

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['tidy', 'NoChecks', 'names_read', 'EmptyBlocks', 'new_lists', 'names_loaded', 'Unread', 'Sweep', 'Literal', 'simpler',
-           'Constants', 'direct_calls', 'without_argument', 'drop_parameters', 'drop_fields', 'Returned', 'size_of',
-           'slimmed']
+           'Constants', 'direct_calls', 'without_argument', 'drop_parameters', 'drop_fields', 'Returned', 'passed_on',
+           'PassedOn', 'Given', 'size_of', 'slimmed']
 
 # %% ../nbs/31_lean.ipynb #117ac471
 import ast
+import copy
 import math
 from collections import Counter
 
@@ -362,6 +363,61 @@ class Returned(ast.NodeTransformer):
             setattr(node, k, out)
         return node
 
+# %% ../nbs/31_lean.ipynb #9f7e5052
+def passed_on(node # a definition
+              ):
+    "The expression that a function only passes on, None if there is more."
+    if not isinstance(node, ast.FunctionDef) or node.decorator_list \
+            or len(node.body) > 1 or not isinstance(node.body[0], ast.Return):
+        return None
+    value, a = node.body[0].value, node.args
+    names = {x.arg for x in a.args}
+    atom = lambda x: isinstance(x, ast.Constant) or getattr(
+        x, 'id', '') in names
+    parts = ([*value.args, *(k.value for k in value.keywords)]
+             if isinstance(value, ast.Call) else
+             value.elts if isinstance(value, ast.Tuple) else [value])
+    used = [x.id for x in parts if isinstance(x, ast.Name)]
+    plain = not isinstance(value, ast.Call) or isinstance(
+        value.func, ast.Name) and value.func.id not in names
+    return value if plain and all(map(atom, parts)) and len(used) == len(
+        set(used)) and not (a.kwonlyargs or a.kwarg) else None
+
+# %% ../nbs/31_lean.ipynb #c8345cc0
+class PassedOn(ast.NodeTransformer):
+    "Write what a function passes on in the place of its call."
+    def __init__(self, nodes, good):
+        self.nodes, self.good = nodes, good
+        self.plain = {k for k, calls in direct_calls(nodes).items()
+                      if calls and passed_on(nodes[k])}
+
+    def visit_FunctionDef(self, node):
+        before = self.plain
+        self.plain = before - bound_names(node)
+        self.generic_visit(node)
+        self.plain = before
+        return node
+
+    def visit_Call(self, node):
+        self.generic_visit(node)
+        if getattr(node.func, 'id', '') not in self.plain: return node
+        f = self.nodes[node.func.id]
+        a, value = f.args, copy.deepcopy(f.body[0].value)
+        names = [x.arg for x in a.args]
+        first = len(names) - len(a.defaults)
+        given = dict(zip(names[first:], a.defaults)) | dict(
+            zip(names, node.args)) | {k.arg: k.value for k in node.keywords}
+        used = {x.id for x in ast.walk(value) if isinstance(x, ast.Name)}
+        lost = [x for k, x in given.items() if k not in used]
+        lost += node.args[len(names):]
+        if not all(pure(x, self.good) for x in lost): return node
+        return Given(given).visit(value)
+
+class Given(ast.NodeTransformer):
+    "Arguments in the place of parameters."
+    def __init__(self, given): self.given = given
+    def visit_Name(self, node): return self.given.get(node.id, node)
+
 # %% ../nbs/31_lean.ipynb #4115e3e0
 def size_of(nodes # {name: definition}
             ):
@@ -381,7 +437,8 @@ def slimmed(nodes, # {name: definition}
         drop_parameters(nodes, good)
         drop_fields(nodes, good)
         for work in (Literal(nodes), Constants(), *[NoChecks(good)]*(not checks),
-                     Sweep(good, names_read(nodes)), Returned()):
+                     Sweep(good, names_read(nodes)), Returned(),
+                     PassedOn(nodes, good)):
             nodes = {k: work.visit(n) for k, n in nodes.items()}
         size = size_of(nodes)
     return {k: ast.fix_missing_locations(n) for k, n in nodes.items()}

@@ -40,15 +40,14 @@ from .data import Dataset, find_shards, find_tokenizer, \
 from .layout import (Bare, as_literal, broken, code_text, minified,
                          packers)
 from .lean import slimmed
-from .qat import QatSchedule
 from .ranks import start_ranks
 from .rules import check_clock
 from .score import score_artifact
 from .settle import (Fold, Unit, free_names, learn, pure_functions,
                          read_units)
-from .train import (Clock, calibrate_on_clock, dry_run, fix_grids,
+from .train import (Clock, calibrate_on_clock, dry_run, grids_ready,
                         no_recompiles, run_steps, schedule_of, set_up,
-                        warm_up)
+                        starts_rounded, warm_up)
 from .ttt import ttt_stage
 from .windows import take_rows
 
@@ -352,7 +351,7 @@ def trained(cfg,   # a `Config`
     "(weights, precision, formats, what calibration found)."
     job = set_up(cfg, ranks, room)
     warm_up(job)
-    fix_grids(job, dry=not QatSchedule(cfg.qat).due(0, 1.))
+    if starts_rounded(cfg): grids_ready(job)
     job.reserve = dry_run(job)
     if job.reserve:
         job.schedule = schedule_of(cfg.train, cfg.optim, job.reserve)
@@ -457,6 +456,7 @@ def file_units(cfg # a `Config`
     if cfg.data.path != 'embedded':
         swaps['embedded_dataset'] = 'needs_shards'
     if not cfg.score.deterministic: swaps['deterministic'] = 'freely'
+    if not starts_rounded(cfg): swaps['starts_rounded'] = 'nothing'
     if not any('mse' in fmt for _, fmt in cfg.quant.formats):
         swaps['best_clip'] = 'nothing'
     if cfg.gptq.enabled: swaps['quantize_pruned'] = 'nothing'

@@ -80,11 +80,13 @@ class QatSchedule:
     def update(self,
                step,     # steps done
                fraction, # of the budget that is spent
-               lr        # multiplier of the learning rates
+               lr,       # multiplier of the learning rates
+               ready=lambda: True # asked when the start has come
                ):
         "(on, alpha, turned on just now) for the step to come."
         self.spent, q = max(self.spent, fraction), self.qat
-        fresh = self.started is None and q.enabled and self.due(step, lr)
+        fresh = (self.started is None and q.enabled and self.due(step, lr)
+                 and ready())
         if fresh: self.started = self.spent
         if self.started is None: return False, q.alpha_start, False
         return True, qat_alpha(self.started, self.spent, q.alpha_start,
@@ -119,11 +121,10 @@ def advance_qat(model,    # a `GPT` that has its grids
                 step,     # steps done
                 fraction, # of the budget that is spent
                 lr,       # multiplier of the learning rates
-                begin=None # called once, just before rounding begins
+                ready=lambda: True # are the grids known? asked before
                 ):
     "Round, sharpen and refresh as planned; (on, alpha)."
-    on, alpha, fresh = plan.update(step, fraction, lr)
-    if fresh and begin: begin()
+    on, alpha, fresh = plan.update(step, fraction, lr, ready)
     if fresh: apply_qat(model, on, alpha)
     elif on and plan.qat.rounding == 'soft':
         for m in linears(model).values(): m.alpha.fill_(alpha)

@@ -9,7 +9,8 @@ __all__ = ['INNER', 'COMPUTED', 'EXPRESSIONS', 'STATEMENTS', 'PURE', 'PURE_METHO
            'of_call', 'of_name', 'of_attribute', 'of_parts', 'of_subscript', 'truth', 'of_bool', 'of_choice',
            'of_inner', 'of_walrus', 'value_of', 'assign', 'run_assign', 'run_block', 'run_if', 'run_end', 'run_loop',
            'run_with', 'run_try', 'run_def', 'run_other', 'scope_of', 'run_function', 'run_class', 'run_unit',
-           'empty_cells', 'learn', 'pure', 'harmless', 'pure_functions', 'as_list', 'Fold', 'free_names', 'reached']
+           'empty_cells', 'learn', 'pure', 'harmless', 'idle_class', 'pure_functions', 'as_list', 'Fold', 'free_names',
+           'reached']
 
 # %% ../nbs/30_settle.ipynb #e2c837b9
 import ast
@@ -696,6 +697,7 @@ def harmless(s,   # a statement
     "Does it only name things, and return?"
     nested = [x for k in ('body', 'orelse', 'finalbody', 'handlers')
               for x in getattr(s, k, ())]
+    if isinstance(s, ast.ClassDef): return True
     if isinstance(s, ast.FunctionDef):
         good = good - bound_names(s) | {s.name}
     if not all(harmless(x, good) for x in nested): return False
@@ -711,11 +713,19 @@ def harmless(s,   # a statement
                           ast.ExceptHandler, ast.FunctionDef))
 
 # %% ../nbs/30_settle.ipynb #1bbd4af1
+def idle_class(node # of a class
+               ):
+    "Is it a plain one that sets nothing up?"
+    starts = [s for s in node.body if getattr(s, 'name', '') == '__init__']
+    return not (node.bases or node.decorator_list) and all(
+        isinstance(x, ast.Pass) for s in starts for x in s.body)
+
 def pure_functions(nodes # {name: definition}
                    ):
-    "Names of those that are functions and change nothing."
+    "Names of those that change nothing when they are called."
     whole = {k for k, n in nodes.items()
-             if isinstance(n, ast.FunctionDef) and not n.decorator_list}
+             if isinstance(n, ast.FunctionDef) and not n.decorator_list
+             or isinstance(n, ast.ClassDef) and idle_class(n)}
     calls = {k: {getattr(x.func, 'id', '') for x in ast.walk(nodes[k])
                  if isinstance(x, ast.Call)} & nodes.keys()
              for k in whole if harmless(nodes[k], whole)}

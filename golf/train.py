@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['SNAPSHOTS', 'Clock', 'step_seconds', 'compile_choice', 'check_run', 'micro_rows', 'rows_at_once', 'schedule_of',
            'model_and_forward', 'Job', 'set_up', 'accumulate', 'train_step', 'as_trained', 'heldout_loss',
-           'random_batch', 'warm_up', 'no_recompiles', 'log_step', 'log_heldout', 'fix_grids', 'take_formats',
-           'run_steps', 'switches', 'run_state', 'restore_run', 'exported_weights', 'calibration_rows', 'asks_for',
-           'calibrate', 'dry_run', 'calibrate_on_clock', 'run_facts', 'save_checkpoint', 'load_checkpoint',
-           'load_hessians', 'line_logger', 'last_state', 'snapshots_of', 'open_lines', 'train_run', 'train_guarded']
+           'random_batch', 'warm_up', 'no_recompiles', 'log_step', 'log_heldout', 'settle_ahead', 'starts_rounded',
+           'grids_ready', 'take_formats', 'run_steps', 'switches', 'run_state', 'restore_run', 'exported_weights',
+           'calibration_rows', 'asks_for', 'calibrate', 'dry_run', 'calibrate_on_clock', 'run_facts', 'save_checkpoint',
+           'load_checkpoint', 'load_hessians', 'line_logger', 'last_state', 'snapshots_of', 'open_lines', 'train_run',
+           'Laps', 'train_guarded']
 
 # %% ../nbs/22_train.ipynb #d62c70d6
 import json
@@ -17,8 +18,10 @@ import os
 import shutil
 import time
 from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -195,6 +198,7 @@ class Job:
     average: object = None  # of the weights, from the first step on
     notes: tuple = ()       # lines for the log, of how it was set up
     reserve: float = 0.     # seconds of the budget kept for calibration
+    looked: tuple = None    # (step, what waits for the grids), see below
     steps: int = 0          # taken
     logged: tuple = (0, 0.) # (step, seconds) of the last line
 
@@ -348,18 +352,32 @@ def log_heldout(job,   # the run
     log(line)
 
 # %% ../nbs/22_train.ipynb #2f65a9f8
-def fix_grids(job,     # the run, about to round
-              dry=False # only load what it needs, before the clock starts
-              ):
-    "Decide what `sd auto` means; from here on it stays."
-    cfg = job.cfg
-    if not (cfg.qat.enabled and cfg.fit.enabled
-            and open_formats(job.formats)): return
+def settle_ahead(job # the run, soon to round
+                 ):
+    "Look at the weights; a function that waits for what `sd auto` means."
+    if not job.ranks.first: return lambda: None
     state = {k: p.detach() for k, p in job.model.named_parameters()}
-    room = 2**40 if dry else job.room
-    solved = job.ranks.share(lambda: solve_reach(
-        Sketch(state, job.formats), job.formats, room))
-    if not dry: take_formats(job, with_reach(job.formats, *solved))
+    solve = partial(solve_reach, Sketch(state, job.formats), job.formats,
+                    job.room)
+    if job.ranks.device.type == 'cpu': return solve
+    return ThreadPoolExecutor(1).submit(solve).result
+
+# %% ../nbs/22_train.ipynb #d6cbb751
+def starts_rounded(cfg # a `Config`
+                   ):
+    "Does rounding begin with the first step?"
+    return cfg.qat.enabled and QatSchedule(cfg.qat).due(0, 1.)
+
+def grids_ready(job # the run
+                ):
+    "Is it settled what `sd auto` means? The first to ask sets it going."
+    if not job.cfg.fit.enabled or not open_formats(job.formats): return True
+    job.looked = job.looked or (job.steps, settle_ahead(job))
+    since, solved = job.looked
+    if 0 < since > job.steps - job.cfg.qat.refresh_every: return False
+    take_formats(job, with_reach(job.formats, *job.ranks.share(solved)))
+    job.looked = None
+    return True
 
 def take_formats(job,    # the run
                  formats # of its parameters, every rule settled
@@ -388,7 +406,7 @@ def run_steps(job,  # the run, warmed up
         lr = job.schedule.lr(job.steps, elapsed)
         spent = job.schedule.progress(job.steps, elapsed)
         rounded, _ = advance_qat(job.model, job.plan, job.steps, spent, lr,
-                                 lambda: fix_grids(job))
+                                 lambda: grids_ready(job))
         momentum = job.schedule.momentum_at(job.steps)
         loss = train_step(job, *job.loader.next_batch(), lr, momentum)
         job.steps += 1
@@ -421,6 +439,7 @@ def run_state(job,    # the run, between two steps
         reserve=job.reserve, loader=job.loader.state_dict(),
         model=job.model.state_dict(), switches=switches(job.model),
         optimizers=job.optimizers.state_dict(), formats=job.formats,
+        looked=job.looked and (job.looked[0], job.looked[1]()),
         rounding=(job.plan.spent, job.plan.started))
 
 # %% ../nbs/22_train.ipynb #aff3391b
@@ -443,6 +462,9 @@ def restore_run(job,  # the run, set up and warmed up
                                     job.model.named_parameters())
         mean = [x.to(job.ranks.device) for x in state['average']['mean']]
         vars(job.average).update(state['average'], mean=mean)
+    if state['looked']:
+        since, solved = state['looked']
+        job.looked = since, lambda: solved
     job.plan.spent, job.plan.started = state['rounding']
 
 # %% ../nbs/22_train.ipynb #40b07e64
@@ -651,14 +673,31 @@ def train_run(cfg,   # a `Config`
               code=0 # bytes of code that count
               ):
     "Train as `cfg` says; writes metrics.jsonl and checkpoint/ in `out`."
+    laps = Laps()
     job = set_up(cfg, ranks, code)
+    laps.end('set-up')
     with text_guard(RuleBook(), 'train', job.dataset) as guard:
-        train_guarded(job, Path(out), guard)
+        train_guarded(job, Path(out), guard, laps)
+
+# %% ../nbs/22_train.ipynb #c0659d18
+class Laps:
+    "Seconds of each part of what goes on."
+    def __init__(self): self.since, self.parts = time.perf_counter(), {}
+
+    def end(self, part):
+        "This part ends here, and the next begins."
+        now = time.perf_counter()
+        self.parts[part], self.since = now - self.since, now
+
+    def __str__(self):
+        return ', '.join(f'{k} {v:.1f} s' for k, v in (
+            *self.parts.items(), ('in all', sum(self.parts.values()))))
 
 # %% ../nbs/22_train.ipynb #4c79fb9f
 def train_guarded(job,  # the run, set up
                   out,  # its folder
-                  guard # the `TextGuard` of this process
+                  guard, # the `TextGuard` of this process
+                  laps   # `Laps` of its start
                   ):
     "The same with the parts at hand, and with validation text closed."
     cfg, ranks = job.cfg, job.ranks
@@ -668,13 +707,16 @@ def train_guarded(job,  # the run, set up
         f'{machine(ranks)["device"]}, {why}', flush=True)
     for line in job.notes: say(line, flush=True)
     if ranks.device.type == 'cuda': say(job.kernels.why, flush=True)
-    began = time.perf_counter()
+    accumulate(job, *random_batch(job, 0)).item()
+    job.optimizers.zero_grad()
+    laps.end('compiling')
     change = warm_up(job)
     if change: say(f'rounding is live: it moves a loss by {change:.2e}')
-    at_once = QatSchedule(cfg.qat).due(0, 1.)  # then not on the clock
-    fix_grids(job, dry=not at_once)
+    if starts_rounded(cfg): grids_ready(job)  # not on the clock
+    laps.end('warm-up')
     job.reserve = dry_run(job)
-    say(f'warm-up {time.perf_counter() - began:.1f} s', flush=True)
+    laps.end('calibration')
+    say(f'start: {laps}', flush=True)
     clock, offset = Clock(ranks.device), 0
     state = last_state(out, ranks) if cfg.train.snapshot_every else None
     if state:
@@ -708,7 +750,7 @@ def train_guarded(job,  # the run, set up
     temperature = found.get('temperature', cfg.score.temperature)
     facts = run_facts(job, steps, seconds, spent,
                       1. if temperature == 'heldout' else temperature)
-    facts['rules'] = guard.book.checks
+    facts |= dict(rules=guard.book.checks, start_seconds=laps.parts)
     if ranks.first:
         save_checkpoint(out/'checkpoint', job.model, facts, averaged,
                         found.get('hessians'))

@@ -418,6 +418,16 @@ def test_sliding(tiny_run, shards, tmp_path, capsys):
     assert 'BPB' in said
 
 
+def test_ttt(tiny_run, shards, tmp_path, capsys):
+    said, one = bench(
+        tmp_path, capsys, 'ttt', tiny_run, '--data', shards, '--stride', 32,
+        '--tries', '{lr: 1e-3, chunk_tokens: 1024, batch: 4}', '{lr: 0.3}')
+    none, good, bad = one['rows']
+    assert none['variant'] == 'no learning' and 'gain_mbpb' not in none
+    assert good['gain_mbpb'] > bad['gain_mbpb'] and good['seconds'] > 0
+    assert one['best'] == good['variant'] and f'best: {one["best"]}' in said
+
+
 def wrong(*args):
     "The one line that a wrong command ends with."
     with pytest.raises(SystemExit) as e: main(['bench', *map(str, args)])
@@ -425,12 +435,17 @@ def wrong(*args):
     return str(e.value)
 
 
-def test_wrong_questions(tmp_path):
+def test_wrong_questions(tiny_run, shards, tmp_path):
     out = '--out', tmp_path/'kept'
     assert 'no such file' in wrong('train', 'smoke', '--against',
                                    'nowhere.py', *out)
     assert 'K=V' in wrong('train', 'smoke', '--env', 'PACE', *out)
     assert 'nowhere' in wrong('sliding', tmp_path/'nowhere.golf', *out)
+    for tries, fault in (
+            ('{rate: 1}', 'ttt.rate'), ('lr', '--tries'),
+            ('{blocks: 0, small: false}', 'nothing learns')):
+        assert fault in wrong('ttt', tiny_run, '--data', shards, '--tries',
+                              tries, *out)
     assert not (tmp_path/'kept').exists()
 
 

@@ -32,8 +32,8 @@ def figures(part, interpret):
 
 # ---- in the other process ------------------------------------------------
 
-def relative(x, exact):
-    size = exact.norm().clamp(min=1e-30) # relu leaves eight zeros at times
+def relative(x, exact, size=None):
+    size = (exact if size is None else size).norm()
     return ((x.double() - exact).norm() / size).item()
 
 
@@ -66,6 +66,7 @@ def interpreted():
                 u = x.double() @ up.double().T
                 inner = torch.where(u < 0, 0.5*leaky*u, u)
                 slope = 2*inner * torch.where(u < 0, 0.5*leaky, 1.)
+                back = g.double() @ down.double()
                 for tile in range(len(TILES)):
                     a = launch(x, up, None, leaky, tile)
                     grad = launch(g, down, a, leaky, tile)
@@ -73,8 +74,9 @@ def interpreted():
                     bit = a.float().view(torch.int32) & last_bit(dtype) != 0
                     rows.append(dict(
                         dtype=str(dtype), leaky=leaky, tile=tile, seed=seed,
-                        forward=relative(a, inner**2), backward=relative(
-                            grad, slope * (g.double() @ down.double())),
+                        # relu may leave nothing, so the size is before it
+                        forward=relative(a, inner**2, u**2),
+                        backward=relative(grad, slope*back, 2*u*back),
                         sides=not leaky or bool(
                             (bit == (u <= 0))[sure].all())))
     return rows
@@ -145,7 +147,8 @@ def compiled():
 @TRITON
 def test_tiles_agree_with_float64():
     for row in figures('interpreted', True):
-        most = 1e-6 if row['dtype'] == 'torch.float32' else 0.01
+        # three roundings to bf16, of 1/256 at most each
+        most = 1e-6 if row['dtype'] == 'torch.float32' else 0.012
         assert row['forward'] < most and row['backward'] < most, row
         assert row['sides'], row
 
