@@ -26,11 +26,11 @@ run: $(VENV)/installed
 
 test: $(VENV)/installed
 	$(BIN)/python tests/stale.py
-	$(MAKE) -j2 --output-sync $(CHAPTERS:%=test-%)
+	$(MAKE) -k -j2 --output-sync $(CHAPTERS:%=test-%)
 	tmp=$$(mktemp -d) && trap 'rm -rf '$$tmp EXIT && \
 	$(RUN) $$tmp/run.ipynb -p config smoke -p out $$tmp/run \
 	  -p overrides '{train: {seconds: 10}}'
-	$(MAKE) -j2 --output-sync $(TESTS:%=test-%)
+	$(MAKE) -k -j2 --output-sync $(TESTS:%=test-%)
 
 # a process for each: what one chapter holds open is none of the next one's
 $(CHAPTERS:%=test-%): test-%: $(VENV)/installed

@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['BENCHES', 'expected_formats', 'counted_code', 'describe', 'describe_text', 'describe_command', 'add_describe',
-           'pack_run', 'pack_command', 'add_pack', 'default_out', 'train_command', 'add_train', 'score_command',
-           'add_score', 'compare_command', 'add_compare', 'check_command', 'add_check', 'download_command',
-           'add_download', 'build_command', 'add_build', 'inspect_command', 'add_inspect', 'add_data', 'docs_command',
-           'add_docs', 'submit_command', 'add_submit', 'config_asked', 'step_asked', 'without_folder', 'train_asked',
-           'attention_asked', 'artifact_asked', 'sliding_asked', 'ttt_asked', 'same_asked', 'threads_asked',
-           'kernels_asked', 'keep_bench', 'ranks_asked', 'bench_command', 'add_bench', 'parser', 'main']
+           'hessians_of', 'pack_run', 'pack_command', 'add_pack', 'default_out', 'train_command', 'add_train',
+           'score_command', 'add_score', 'compare_command', 'add_compare', 'check_command', 'add_check',
+           'download_command', 'add_download', 'build_command', 'add_build', 'inspect_command', 'add_inspect',
+           'add_data', 'docs_command', 'add_docs', 'submit_command', 'add_submit', 'config_asked', 'step_asked',
+           'without_folder', 'train_asked', 'attention_asked', 'artifact_asked', 'sliding_asked', 'ttt_asked',
+           'same_asked', 'threads_asked', 'kernels_asked', 'keep_bench', 'ranks_asked', 'bench_command', 'add_bench',
+           'parser', 'main']
 
 # %% ../nbs/38_cli.ipynb #ae0b6187
 import argparse
@@ -111,24 +112,40 @@ def add_describe(sub # subparsers
     p.set_defaults(command=describe_command)
 
 # %% ../nbs/38_cli.ipynb #67ba6fb6
+def hessians_of(folder, # of a run with a checkpoint
+                cfg,    # its `Config`, or another one
+                needed  # are they, or is nearest rounding good enough?
+                ):
+    "What GPTQ works with, None where it is off or was too late."
+    if not cfg.gptq.enabled: return None
+    found = load_hessians(folder/'checkpoint')
+    if needed and not found: raise ValueError(
+        f'{folder}/checkpoint has no hessians.pt, and gptq.enabled needs '
+        'them: train the run with gptq.enabled')
+    return found
+
 def pack_run(folder, # of a run with a checkpoint
-             ranks   # `Ranks`
+             ranks,  # `Ranks`
+             path=None, # of the artifact; None is the run's own
+             overrides='' # YAML, merged over the run's config
              ):
-    "Write model.golf from the checkpoint, or raise `OverLimit`."
+    "Write an artifact from the checkpoint, or raise `OverLimit`."
     folder = Path(folder)
-    cfg = read_config(folder/'params.yaml')
+    cfg = read_config(folder/'params.yaml', overrides)
     code, averaged = counted_code(cfg), cfg.average.method != 'none'
     with text_guard(RuleBook(), 'pack'):  # no text is open to it
         state, facts = load_checkpoint(folder/'checkpoint', averaged)
+        own = not parse_yaml(overrides, '--overrides').get('quant')
         blob, _, report = export_artifact(
             state, cfg, facts['tokenizer_sha256'], facts['precision'],
-            facts['temperature'], facts['formats'],
-            load_hessians(folder/'checkpoint') if cfg.gptq.enabled else None,
-            code, ranks)
+            facts['temperature'],
+            facts['formats'] if own else cfg.quant.formats,
+            hessians_of(folder, cfg, bool(overrides)), code, ranks)
         check_limit(len(blob), code, cfg.limit_bytes, byte_budget(blob))
     if not ranks.first: return
-    write_artifact(folder/'model.golf', blob)
-    print(f'model.golf: {len(blob):,} bytes and {code:,} of code, of '
+    path = Path(path or folder/'model.golf')
+    write_artifact(path, blob)
+    print(f'{path.name}: {len(blob):,} bytes and {code:,} of code, of '
           f'{cfg.limit_bytes:,}', flush=True)
     if report:
         print(f'fit: predicted {report["predicted"]:,}, packed '
@@ -139,9 +156,12 @@ def pack_run(folder, # of a run with a checkpoint
 def pack_command(a # parsed arguments
                  ):
     "`golf pack`."
+    if a.overrides and not a.artifact: raise ValueError(
+        '--overrides make another artifact than the run has: name it by '
+        '--artifact')
     device = read_config(Path(a.folder)/'params.yaml').train.device
     with report_errors(a.folder), start_ranks(device) as ranks:
-        pack_run(a.folder, ranks)
+        pack_run(a.folder, ranks, a.artifact, a.overrides)
 
 def add_pack(sub # subparsers
              ):
@@ -149,6 +169,9 @@ def add_pack(sub # subparsers
     p = sub.add_parser('pack', help='quantise and pack a trained run')
     p.add_argument('--folder', required=True,
                    help='a folder with a checkpoint')
+    p.add_argument('--overrides', default='', help='YAML, merged over its '
+                   'config: the same weights stored otherwise')
+    p.add_argument('--artifact', default='', help='where to; "" is its own')
     p.set_defaults(command=pack_command)
 
 # %% ../nbs/38_cli.ipynb #12bbca97

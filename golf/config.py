@@ -231,7 +231,8 @@ class QatConfig:
     rounding: Literal['ste', 'soft'] = 'ste'
     alpha_start: float = 1.0         # sharpness of soft rounding as it begins
     alpha_end: float = 16.0          # and at the end of the budget
-    refresh_every: int = 50          # steps between new clips
+    refresh_every: int = 50          # steps between new clips, and to solve
+                                     # a grid that is open (`sd auto`)
 
     def __post_init__(self):
         _need(self.start_step >= 0,
@@ -507,7 +508,7 @@ def find_params(name,     # "pr137" or a path to a YAML file
                       f'(there are: {", ".join(known) or "none"}){hint}')
 
 # %% ../nbs/00_config.ipynb #82d5212c
-FLAGSHIP = 'pr137'
+FLAGSHIP = 'pr576'
 SMOKE = 'smoke'
 
 def resolve_auto(has_cuda, # is there a GPU
@@ -563,10 +564,12 @@ def config_text(cfg # a `Config`
                           default_flow_style=None, width=78)
 
 # %% ../nbs/00_config.ipynb #5bf57cee
-def read_config(path # a `params.yaml`
+def read_config(path, # a `params.yaml`
+                overrides='' # YAML, merged over it
                 ):
     "The config a run wrote down."
     path = Path(path)
     if not path.is_file(): raise ConfigError(f'no config at {path}')
-    return build_config(parse_yaml(path.read_text('utf8'), path.name),
+    tree = parse_yaml(path.read_text('utf8'), path.name)
+    return build_config(merge(tree, parse_yaml(overrides, 'overrides')),
                         str(path))

@@ -20,7 +20,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 MADE = 'golf/*.py', 'nbs/*.ipynb', 'nbs/images/*.png', 'README.md'
-RUN = 'runs/pr137+onegpu-s1337.ipynb'  # the run on the first page
+RUN = 'runs/pr576+onegpu-s1337.ipynb'  # the run on the first page
 PICTURES = {'curves': 'plot_loss(lines', 'stages': 'plot_stages(result'}
 HEAD = ('<!-- made from nbs/index.ipynb by `make sync`; '
         'edit the notebook -->\n\n')

@@ -67,6 +67,11 @@ def test_trains_packs_and_scores(name, shards, tmp_path, capsys):
     assert set(stages) == {'raw', 'quantized', 'sliding'} | {
         *['averaged'] * averages, *['ttt'] * cfg.ttt.enabled}
     assert cfg.gptq.enabled == (out/'checkpoint/hessians.pt').is_file()
+    if cfg.gptq.enabled:
+        other = tmp_path/'nearest.golf'
+        main(['pack', '--folder', str(out), '--artifact', str(other),
+              '--overrides', '{gptq: {enabled: false}}'])
+        assert other.read_bytes() != (out/'model.golf').read_bytes()
     exported = stages['averaged' if averages else 'raw']
     assert abs(stages['quantized'] - exported) < .2
     assert stages['sliding'] < stages['quantized'] + .1
