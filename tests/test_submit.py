@@ -350,7 +350,8 @@ def main(cfg, log, x):
     assert '\n    note(log)\n' in code and 'raise' not in code
     assert 'unread' not in code and 'log.pop()' in code
     kept = file_nodes(units, ProgramConfig(), 'main', checks=True)
-    assert set(kept) == {'main', 'note', 'check', 'count'}
+    assert set(kept) == {'main', 'note', 'check'}
+    assert 'if len(x) > 2' in ast.unparse(kept['check'])  # `count` of it
 
 
 def test_attributes_by_string_are_refused():
