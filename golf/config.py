@@ -324,7 +324,9 @@ class TttConfig:
     epochs: int = 3                  # over each chunk
     batch: int = 32                  # rows of `score.seq_len` a step
     optimizer: Literal['adamw', 'sgd'] = 'adamw'
-    lr: float = 1e-4                 # falls along a cosine over the chunks
+    lr: float = 1e-4
+    lr_shape: Literal['cosine', 'constant'] = 'cosine' # over the chunks
+    warmup: float = 0.0              # part of them over which the lr rises
     momentum: float = 0.9            # sgd
     beta1: float = 0.9               # adamw
     beta2: float = 0.999
@@ -340,6 +342,8 @@ class TttConfig:
         for key in ('momentum', 'beta1', 'beta2'):
             x = getattr(self, key)
             _need(0 <= x < 1, f'ttt.{key}: {x} is outside 0..1, or is 1')
+        _need(0 <= self.warmup <= 1,
+              f'ttt.warmup: {self.warmup} is outside 0..1')
         _need(self.weight_decay >= 0 and self.blocks >= 0,
               'ttt.weight_decay, ttt.blocks: negative')
         _need(self.blocks or self.small or self.embedding,

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['plan_chunks', 'chunk_targets', 'learning_parameters', 'learning', 'weights_restored', 'share_rows', 'chunk_gradients',
-           'ttt_optimizer', 'train_chunk', 'ttt_method', 'score_ttt', 'ttt_stage']
+           'ttt_optimizer', 'train_chunk', 'chunk_rate', 'ttt_method', 'score_ttt', 'ttt_stage']
 
 # %% ../nbs/26_ttt.ipynb #91dfcdeb
 import math
@@ -145,6 +145,16 @@ def train_chunk(forward,   # (ids, targets, 0) -> nats [B, L]
         clip_gradients(params, ttt.grad_clip)
         optimizer.step()
 
+# %% ../nbs/26_ttt.ipynb #b029b48f
+def chunk_rate(c,     # number of the chunk, from 0
+               count, # chunks in all
+               ttt    # a `TttConfig`
+               ):
+    "What multiplies `ttt.lr` after this chunk."
+    rate = (warmdown(count - 1 - c, count - 1, 'cosine')
+            if ttt.lr_shape == 'cosine' else 1.)
+    return rate * min(1., (c + 1) / max(1., ttt.warmup * count))
+
 # %% ../nbs/26_ttt.ipynb #5c8364c5
 def ttt_method(model, # a `GPT`
                score, # a `ScoreConfig`
@@ -158,7 +168,8 @@ def ttt_method(model, # a `GPT`
     T = round(model.temperature.item(), 6)
     return (f'score-first TTT: window {score.seq_len}, stride {score.stride}'
             f', chunks of {ttt.chunk_tokens} targets, {ttt.epochs} epochs, '
-            f'batch {ttt.batch}, {ttt.optimizer} lr {ttt.lr:g}, learns '
+            f'batch {ttt.batch}, {ttt.optimizer} lr {ttt.lr:g} '
+            f'{ttt.lr_shape}, warm-up {ttt.warmup:g}, learns '
             f'{" + ".join(what)} ({count} parameters)'
             + (f', temperature {T:.4f}' if T != 1 else ''))
 
@@ -189,7 +200,7 @@ def score_ttt(forward, # (ids, targets, first) -> nats [B, L-first]
                                    f'is {nats}; lower ttt.lr')
             record.append(dict(first=first, targets=n, nats=nats))
             if left == 0: break
-            rate = warmdown(left, len(chunks) - 1, 'cosine')
+            rate = chunk_rate(len(chunks) - 1 - left, len(chunks), ttt)
             optimizer.param_groups[0]['lr'] = ttt.lr * rate
             with learning(model, names):
                 train_chunk(forward if learn is None else learn, optimizer,
