@@ -1146,6 +1146,7 @@ def bench_ttt(path,    # model.golf
     torch.set_num_threads(score.threads)
     ways = dict(ttt_variants(TttConfig(**meta['ttt']), tries))
     none = ttt_row('no learning', None, path, text, ranks, over)
+    say(ttt_line(none))
     rows = [none]
     for label, ttt in ways.items():
         row = ttt_row(label, ttt, path, text, ranks, over)

@@ -387,15 +387,15 @@ def passed_on(node # a definition
 class PassedOn(ast.NodeTransformer):
     "Write what a function passes on in the place of its call."
     def __init__(self, nodes, good):
-        self.nodes, self.good = nodes, good
+        self.nodes, self.good, self.local = nodes, good, set()
         self.plain = {k for k, calls in direct_calls(nodes).items()
                       if calls and passed_on(nodes[k])}
 
     def visit_FunctionDef(self, node):
-        before = self.plain
-        self.plain = before - bound_names(node)
+        before = self.local
+        self.local = before | bound_names(node)
         self.generic_visit(node)
-        self.plain = before
+        self.local = before
         return node
 
     def visit_Call(self, node):
@@ -403,6 +403,8 @@ class PassedOn(ast.NodeTransformer):
         if getattr(node.func, 'id', '') not in self.plain: return node
         f = self.nodes[node.func.id]
         a, value = f.args, copy.deepcopy(f.body[0].value)
+        if {node.func.id, getattr(getattr(value, 'func', None), 'id', '')
+            } & self.local: return node  # other things have these names here
         names = [x.arg for x in a.args]
         first = len(names) - len(a.defaults)
         given = dict(zip(names[first:], a.defaults)) | dict(

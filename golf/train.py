@@ -9,7 +9,7 @@ __all__ = ['SNAPSHOTS', 'Clock', 'step_seconds', 'compile_choice', 'check_run', 
            'grids_ready', 'take_formats', 'run_steps', 'switches', 'run_state', 'restore_run', 'exported_weights',
            'calibration_rows', 'asks_for', 'calibrate', 'dry_run', 'calibrate_on_clock', 'run_facts', 'save_checkpoint',
            'load_checkpoint', 'load_hessians', 'line_logger', 'last_state', 'snapshots_of', 'open_lines', 'train_run',
-           'Laps', 'train_guarded']
+           'Laps', 'get_ready', 'train_guarded']
 
 # %% ../nbs/22_train.ipynb #d62c70d6
 import json
@@ -693,6 +693,25 @@ class Laps:
         return ', '.join(f'{k} {v:.1f} s' for k, v in (
             *self.parts.items(), ('in all', sum(self.parts.values()))))
 
+# %% ../nbs/22_train.ipynb #623f29c4
+def get_ready(job,  # the run, set up
+              laps, # `Laps` of its start
+              say   # prints, or does nothing
+              ):
+    "All that comes before the clock starts, and what it took."
+    for line in job.notes: say(line, flush=True)
+    if job.ranks.device.type == 'cuda': say(job.kernels.why, flush=True)
+    accumulate(job, *random_batch(job, 0)).item()
+    job.optimizers.zero_grad()
+    laps.end('compiling')
+    change = warm_up(job)
+    if change: say(f'rounding is live: it moves a loss by {change:.2e}')
+    if starts_rounded(job.cfg): grids_ready(job)
+    laps.end('warm-up')
+    job.reserve = dry_run(job)
+    laps.end('calibration')
+    say(f'start: {laps}', flush=True)
+
 # %% ../nbs/22_train.ipynb #4c79fb9f
 def train_guarded(job,  # the run, set up
                   out,  # its folder
@@ -705,18 +724,7 @@ def train_guarded(job,  # the run, set up
     _, why = compile_choice(cfg.train.compile, ranks.device)
     say(f'{cfg.name} seed {cfg.seed}: {ranks.world} x '
         f'{machine(ranks)["device"]}, {why}', flush=True)
-    for line in job.notes: say(line, flush=True)
-    if ranks.device.type == 'cuda': say(job.kernels.why, flush=True)
-    accumulate(job, *random_batch(job, 0)).item()
-    job.optimizers.zero_grad()
-    laps.end('compiling')
-    change = warm_up(job)
-    if change: say(f'rounding is live: it moves a loss by {change:.2e}')
-    if starts_rounded(cfg): grids_ready(job)  # not on the clock
-    laps.end('warm-up')
-    job.reserve = dry_run(job)
-    laps.end('calibration')
-    say(f'start: {laps}', flush=True)
+    get_ready(job, laps, say)
     clock, offset = Clock(ranks.device), 0
     state = last_state(out, ranks) if cfg.train.snapshot_every else None
     if state:
