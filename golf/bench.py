@@ -12,7 +12,7 @@ __all__ = ['CATEGORIES', 'HOST', 'NAME_RULES', 'OPTIMIZER', 'DEVICE', 'COLORS', 
            'measurement', 'bench_name', 'save_measurement', 'read_measurements', 'bench_label', 'plot_history',
            'field_mark', 'golf_mark', 'pace_of', 'end_session', 'watch_training', 'train_settings', 'train_row',
            'foreign_command', 'train_once', 'bench_train', 'train_line', 'train_summary', 'train_text', 'plot_train',
-           'attention_row', 'first_line', 'bench_attention', 'attention_text', 'plot_rows', 'score_variants',
+           'attention_row', 'first_line', 'bench_attention', 'attention_text', 'plot_rows', 'checked', 'score_variants',
            'sliding_row', 'bench_sliding', 'sliding_line', 'ttt_variants', 'ttt_row', 'bench_ttt', 'ttt_line',
            'forget_graphs', 'curve_distance', 'loss_curve', 'bench_same', 'same_text', 'plot_same', 'thread_choices',
            'threads_row', 'threads_line', 'bench_threads', 'kernels_text', 'sum_row', 'line_through', 'step_bytes',
@@ -49,7 +49,7 @@ from torch.profiler import ProfilerActivity, profile
 
 # %% ../nbs/36_bench.ipynb #57c5ab9b
 from .averaging import build_average
-from .config import TttConfig, config_text
+from .config import TttConfig, build_config, config_text
 from .corpus import resolve_dataset
 from .data import atomic_path, available_cores
 from .kernels import H100_BYTES, H100_FLOPS
@@ -1022,6 +1022,12 @@ def plot_rows(rows,    # list of dicts
     return fig
 
 # %% ../nbs/36_bench.ipynb #d985620f
+def checked(**sections # {field: value} of each that matters
+            ):
+    "The `Config` with these values, or its `ConfigError`."
+    budget = dict(seconds=1., warmdown_steps=1)  # a config has to have one
+    return build_config(dict(train=budget, **sections), 'of a variant')
+
 def score_variants(score, # an artifact's `ScoreConfig`
                    tables # {field: values}, all combinations
                    ):
@@ -1029,9 +1035,8 @@ def score_variants(score, # an artifact's `ScoreConfig`
     out = [('', score)]
     for field, values in tables.items():
         if not values: continue
-        if not hasattr(score, field):
-            raise ValueError(f'score.{field}: this version has no such field')
-        out = [(f'{label} {field} {v}'.strip(), replace(one, **{field: v}))
+        out = [(f'{label} {field} {v}'.strip(),
+                checked(score=vars(one) | {field: v}).score)
                for label, one in out for v in values]
     return [(label or 'as it is', one) for label, one in out]
 
@@ -1089,22 +1094,14 @@ def sliding_line(row # from `sliding_row`
             'first time)')
 
 # %% ../nbs/36_bench.ipynb #cb13f0a0
-def ttt_variants(ttt,  # the artifact's `TttConfig`
-                 tries # mappings of its fields, each one variant
+def ttt_variants(ttt,   # the artifact's `TttConfig`
+                 score, # its `ScoreConfig`
+                 tries  # mappings of fields of `ttt`, each one variant
                  ):
     "[(label, `TttConfig`)], each of them a legal one."
-    out = []
-    for over in tries:
-        if not isinstance(over, dict):
-            raise ValueError(f'--tries: {over!r} is no mapping of fields of '
-                             'ttt, as in [{lr: 1e-4}, {blocks: 2}]')
-        strange = [k for k in over if not hasattr(ttt, k)]
-        if strange: raise ValueError(
-            f'ttt.{strange[0]}: this version has no such field')
-        label = ' '.join(f'{k} {v}' for k, v in over.items())
-        out.append((label or 'as it is', replace(
-            ttt, **dict(over, enabled=True))))
-    return out
+    return [(' '.join(f'{k} {v}' for k, v in over.items()) or 'as it is',
+             checked(score=vars(score), ttt=vars(ttt) | over | dict(
+                 enabled=True)).ttt) for over in tries]
 
 # %% ../nbs/36_bench.ipynb #85a7577b
 def ttt_row(label, # of the variant
@@ -1144,7 +1141,7 @@ def bench_ttt(path,    # model.golf
     check_text(dataset, meta['tokenizer_sha256'], path)
     before, text = torch.get_num_threads(), Text(dataset, score)
     torch.set_num_threads(score.threads)
-    ways = dict(ttt_variants(TttConfig(**meta['ttt']), tries))
+    ways = dict(ttt_variants(TttConfig(**meta['ttt']), score, tries))
     none = ttt_row('no learning', None, path, text, ranks, over)
     say(ttt_line(none))
     rows = [none]

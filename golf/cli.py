@@ -160,7 +160,8 @@ def pack_command(a # parsed arguments
         '--overrides make another artifact than the run has: name it by '
         '--artifact')
     device = read_config(Path(a.folder)/'params.yaml').train.device
-    with report_errors(a.folder), start_ranks(device) as ranks:
+    notes = None if a.artifact else a.folder  # of the run's own stage
+    with report_errors(notes), start_ranks(device) as ranks:
         pack_run(a.folder, ranks, a.artifact, a.overrides)
 
 def add_pack(sub # subparsers

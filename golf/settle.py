@@ -697,7 +697,6 @@ def harmless(s,   # a statement
     "Does it only name things, and return?"
     nested = [x for k in ('body', 'orelse', 'finalbody', 'handlers')
               for x in getattr(s, k, ())]
-    if isinstance(s, ast.ClassDef): return True
     if isinstance(s, ast.FunctionDef):
         good = good - bound_names(s) | {s.name}
     if not all(harmless(x, good) for x in nested): return False
@@ -728,7 +727,8 @@ def pure_functions(nodes # {name: definition}
              or isinstance(n, ast.ClassDef) and idle_class(n)}
     calls = {k: {getattr(x.func, 'id', '') for x in ast.walk(nodes[k])
                  if isinstance(x, ast.Call)} & nodes.keys()
-             for k in whole if harmless(nodes[k], whole)}
+             for k in whole if isinstance(nodes[k], ast.ClassDef)
+             or harmless(nodes[k], whole)}
     good, fall = calls.keys(), True
     while fall:
         fall = {k for k in good if calls[k] - good}
