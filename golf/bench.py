@@ -13,10 +13,10 @@ __all__ = ['CATEGORIES', 'HOST', 'NAME_RULES', 'OPTIMIZER', 'DEVICE', 'COLORS', 
            'field_mark', 'golf_mark', 'pace_of', 'end_session', 'watch_training', 'train_settings', 'train_row',
            'foreign_command', 'train_once', 'bench_train', 'train_line', 'train_summary', 'train_text', 'plot_train',
            'attention_row', 'first_line', 'bench_attention', 'attention_text', 'plot_rows', 'checked', 'score_variants',
-           'sliding_row', 'bench_sliding', 'sliding_line', 'ttt_variants', 'ttt_row', 'bench_ttt', 'ttt_line',
-           'forget_graphs', 'curve_distance', 'loss_curve', 'bench_same', 'same_text', 'plot_same', 'thread_choices',
-           'threads_row', 'threads_line', 'bench_threads', 'kernels_text', 'sum_row', 'line_through', 'step_bytes',
-           'ranks_row', 'muon_step', 'predicted_ms', 'bench_ranks', 'ranks_text', 'plot_ranks']
+           'sliding_row', 'bench_sliding', 'sliding_line', 'ttt_variants', 'graph_of', 'TttBench', 'bench_ttt',
+           'ttt_line', 'forget_graphs', 'curve_distance', 'loss_curve', 'bench_same', 'same_text', 'plot_same',
+           'thread_choices', 'threads_row', 'threads_line', 'bench_threads', 'kernels_text', 'sum_row', 'line_through',
+           'step_bytes', 'ranks_row', 'muon_step', 'predicted_ms', 'bench_ranks', 'ranks_text', 'plot_ranks']
 
 # %% ../nbs/36_bench.ipynb #768a7426
 import bisect
@@ -1104,31 +1104,62 @@ def ttt_variants(ttt,   # the artifact's `TttConfig`
                  enabled=True)).ttt) for over in tries]
 
 # %% ../nbs/36_bench.ipynb #85a7577b
-def ttt_row(label, # of the variant
-            ttt,   # its `TttConfig`, None: no learning
-            path,  # model.golf
-            text,  # a `Text`
-            ranks, # `Ranks`
-            over,  # {field of `ScoreConfig`: another value}
-            times=1 # passes; the last one's seconds count
-            ):
-    "{variant, loss, bpb, seconds}, or why it failed."
-    try:
-        torch.compiler.reset()  # which weights learn is in the graph
-        model, score, meta = artifact_model(path, ranks.device, over)
-        learns = ttt is not None
-        if learns: meta = dict(meta, ttt=vars(ttt))
-        with deterministic(score.deterministic):
-            forward = compiled_forward(model, score, ranks, learns)
-            for _ in range(times):
-                stage = (ttt_stage(forward, text, meta, ranks) if learns else
-                         score_stage('sliding', forward, text, score, ranks))
-    except Exception as e:
-        return dict(variant=label, failed=first_line(e))
-    return dict(variant=label, loss=stage['val_loss'], bpb=stage['val_bpb'],
-                seconds=stage['seconds'], method=stage['method'])
+def graph_of(ttt # a `TttConfig`, None: no learning
+             ):
+    "What the compiled graphs of a variant depend on."
+    return ttt and (ttt.batch, ttt.blocks, ttt.small, ttt.embedding)
 
-# %% ../nbs/36_bench.ipynb #5486ac6a
+class TttBench:
+    "One artifact on one text."
+    def __init__(self,
+                 path,  # model.golf
+                 text,  # a `Text`
+                 ranks, # `Ranks`
+                 over   # {field of `ScoreConfig`: another value}
+                 ):
+        self.path, self.text, self.ranks, self.over = path, text, ranks, over
+        self.graph = 'none yet'
+
+    def stage(self,
+              ttt, # a `TttConfig`, None: no learning
+              text # a `Text`
+              ):
+        "The text, scored with the graphs that are there."
+        with deterministic(self.score.deterministic):
+            if not ttt: return score_stage('sliding', self.forward, text,
+                                           self.score, self.ranks)
+            return ttt_stage(self.forward, text,
+                             dict(self.meta, ttt=vars(ttt)), self.ranks)
+
+    def compile(self,
+                ttt # a `TttConfig`, None: no learning
+                ):
+        "Graphs for such a variant, from the first chunk and a bit more."
+        torch.compiler.reset()
+        model, self.score, self.meta = artifact_model(
+            self.path, self.ranks.device, self.over)
+        self.forward = compiled_forward(model, self.score, self.ranks,
+                                        ttt is not None)
+        few = (ttt.chunk_tokens if ttt else 0) + 4*self.score.seq_len + 1
+        self.stage(ttt, Text(self.text.dataset, self.score,
+                             self.text.tokens[:few]))
+        self.graph = graph_of(ttt)
+
+    def row(self,
+            label, # of the variant
+            ttt    # its `TttConfig`, None: no learning
+            ):
+        "{variant, loss, bpb, seconds}, or why it failed."
+        try:
+            if self.graph != graph_of(ttt): self.compile(ttt)
+            stage = self.stage(ttt, self.text)
+        except Exception as e:
+            return dict(variant=label, failed=first_line(e))
+        return dict(variant=label, loss=stage['val_loss'],
+                    bpb=stage['val_bpb'], seconds=stage['seconds'],
+                    method=stage['method'])
+
+# %% ../nbs/36_bench.ipynb #7dc903c3
 def bench_ttt(path,    # model.golf
               dataset, # a `Dataset`: development text
               ranks,   # `Ranks`
@@ -1142,31 +1173,27 @@ def bench_ttt(path,    # model.golf
     before, text = torch.get_num_threads(), Text(dataset, score)
     torch.set_num_threads(score.threads)
     ways = dict(ttt_variants(TttConfig(**meta['ttt']), score, tries))
-    none = ttt_row('no learning', None, path, text, ranks, over)
-    say(ttt_line(none))
-    rows = [none]
-    for label, ttt in ways.items():
-        row = ttt_row(label, ttt, path, text, ranks, over)
-        if {'bpb'} <= set(row) & set(none):
-            row['gain_mbpb'] = 1000*(none['bpb'] - row['bpb'])
+    bench, rows = TttBench(path, text, ranks, over), []
+    for label, ttt in [('no learning', None), *ways.items()]:
+        row = bench.row(label, ttt)
+        if rows and {'bpb'} <= set(row) & set(rows[0]):
+            row['gain_mbpb'] = 1000*(rows[0]['bpb'] - row['bpb'])
         rows.append(row)
-        say(ttt_line(row))
+        say(ttt_line(row), flush=True)
+    torch.set_num_threads(before)
     best = max((r for r in rows if 'gain_mbpb' in r), default=None,
                key=lambda r: r['gain_mbpb'])
-    if best: best['seconds'] = ttt_row(
-        best['variant'], ways[best['variant']], path, text, ranks, over, 2
-        )['seconds']
-    torch.set_num_threads(before)
     return dict(artifact=hashlib.sha256(Path(path).read_bytes()).hexdigest(),
                 dataset=dataset.name, targets=text.targets, rows=rows,
                 best=best and best['variant'])
 
-def ttt_line(row # from `ttt_row`, with its gain
+def ttt_line(row # from `TttBench`, with its gain
              ):
     "A variant as one line."
     if 'failed' in row: return f'{row["variant"]:36} {row["failed"]}'
     return (f'{row["variant"]:36}{row["bpb"]:10.6f} BPB '
-            f'{row.get("gain_mbpb", 0):+8.3f} mBPB gained')
+            f'{row.get("gain_mbpb", 0):+8.3f} mBPB gained '
+            f'{row["seconds"]:8.2f} s')
 
 # %% ../nbs/36_bench.ipynb #eb3e13a4
 def forget_graphs():

@@ -670,14 +670,14 @@ def open_lines(path,  # metrics.jsonl
 def train_run(cfg,   # a `Config`
               ranks, # `Ranks`
               out,   # the run's folder
-              code=0 # bytes of code that count
+              count=lambda: 0 # waits for the bytes of code that count
               ):
     "Train as `cfg` says; writes metrics.jsonl and checkpoint/ in `out`."
     laps = Laps()
-    job = set_up(cfg, ranks, code)
+    job = set_up(cfg, ranks)
     laps.end('set-up')
     with text_guard(RuleBook(), 'train', job.dataset) as guard:
-        train_guarded(job, Path(out), guard, laps)
+        train_guarded(job, Path(out), guard, laps, count)
 
 # %% ../nbs/22_train.ipynb #c0659d18
 class Laps:
@@ -696,7 +696,8 @@ class Laps:
 # %% ../nbs/22_train.ipynb #623f29c4
 def get_ready(job,  # the run, set up
               laps, # `Laps` of its start
-              say   # prints, or does nothing
+              say,  # prints, or does nothing
+              count # waits for the bytes of code that count
               ):
     "All that comes before the clock starts, and what it took."
     for line in job.notes: say(line, flush=True)
@@ -704,6 +705,8 @@ def get_ready(job,  # the run, set up
     accumulate(job, *random_batch(job, 0)).item()
     job.optimizers.zero_grad()
     laps.end('compiling')
+    job.room -= count()
+    laps.end('counting code')
     change = warm_up(job)
     if change: say(f'rounding is live: it moves a loss by {change:.2e}')
     if starts_rounded(job.cfg): grids_ready(job)
@@ -716,7 +719,8 @@ def get_ready(job,  # the run, set up
 def train_guarded(job,  # the run, set up
                   out,  # its folder
                   guard, # the `TextGuard` of this process
-                  laps   # `Laps` of its start
+                  laps,  # `Laps` of its start
+                  count  # waits for the bytes of code that count
                   ):
     "The same with the parts at hand, and with validation text closed."
     cfg, ranks = job.cfg, job.ranks
@@ -724,7 +728,7 @@ def train_guarded(job,  # the run, set up
     _, why = compile_choice(cfg.train.compile, ranks.device)
     say(f'{cfg.name} seed {cfg.seed}: {ranks.world} x '
         f'{machine(ranks)["device"]}, {why}', flush=True)
-    get_ready(job, laps, say)
+    get_ready(job, laps, say, count)
     clock, offset = Clock(ranks.device), 0
     state = last_state(out, ranks) if cfg.train.snapshot_every else None
     if state:

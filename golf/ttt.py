@@ -126,7 +126,8 @@ def ttt_optimizer(params, # that learn
         return torch.optim.SGD(params, ttt.lr, ttt.momentum,
                                weight_decay=ttt.weight_decay)
     return torch.optim.AdamW(params, ttt.lr, (ttt.beta1, ttt.beta2),
-                             weight_decay=ttt.weight_decay)
+                             weight_decay=ttt.weight_decay,
+                             fused=params[0].is_cuda)
 
 # %% ../nbs/26_ttt.ipynb #1b3f35e4
 def train_chunk(forward,   # (ids, targets, 0) -> nats [B, L]
