@@ -28,7 +28,7 @@ import numpy as np
 import torch
 
 from .averaging import build_average
-from .calibrate import (collect_hessians, fit_temperature,
+from .calibrate import (collect_hessians, fit_temperature, read_rows,
                             temperature_slopes)
 from .corpus import resolve_dataset
 from .data import (Dataset, Loader, TokenStream, atomic_path, byte_tables,
@@ -519,20 +519,21 @@ def dry_run(job # the run, warmed up
     "Seconds to keep free for `calibrate`, 0 if nothing is asked for."
     cfg, began = job.cfg, time.perf_counter()
     if not asks_for(cfg): return 0.
-    fit = cfg.score.temperature == 'heldout'
+    ranks, batch = job.ranks, rows_at_once(cfg.train, job.ranks)
     draw = np.random.default_rng(cfg.seed)
     rows, held = (draw.integers(0, cfg.model.vocab_size, part.shape)
                   for part in calibration_rows(job))
     dry = replace(job, cfg=replace(cfg, score=replace(cfg.score,
                                                       temperature=1.)))
-    for _ in range(2):  # the first one also starts libraries
+    for n in (batch*ranks.world, None):  # the first one starts libraries
         began = time.perf_counter()
-        calibrate(dry, rows, held)
-        for _ in range(4 * fit):
-            temperature_slopes(job.model, held, job.ranks, rows_at_once(
-                cfg.train, job.ranks), 1.).tolist()
-        if job.ranks.device.type == 'cuda': torch.cuda.synchronize()
-    return 1.5 * job.ranks.largest(time.perf_counter() - began)
+        calibrate(dry, rows[:n], held[:n])
+        if cfg.score.temperature == 'heldout':
+            read = read_rows(job.model, held[:n], ranks, batch)
+            for _ in range(4):
+                temperature_slopes(job.model, read, ranks, 1.).tolist()
+        if ranks.device.type == 'cuda': torch.cuda.synchronize()
+    return 1.5 * ranks.largest(time.perf_counter() - began)
 
 # %% ../nbs/22_train.ipynb #094e25f5
 def calibrate_on_clock(job,  # the run, its steps done
