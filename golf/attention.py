@@ -27,7 +27,8 @@ from torch import library, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .grid import Linear
-from .kernels import time_ms
+from .kernels import (chosen_in, machine_facts, quickest, remembered,
+                          time_ms)
 
 # %% ../nbs/07_attention.ipynb #cce10b89
 RMS_EPS = 1e-6
@@ -407,7 +408,7 @@ def fastest(names,    # kernels, the likely best first
         if fault: notes.append(f'attention: {name} is not used: {fault}')
         else: seconds[name] = took
     if not seconds: raise RuntimeError('; '.join(notes))
-    best = min(seconds, key=seconds.get)
+    best = quickest(seconds)
     times = ', '.join(f'{k} {1000*s:.2f}' for k, s in seconds.items())
     return best, notes + [f'attention: {best} (ms a layer: {times})']
 
@@ -515,13 +516,17 @@ def pick_attention(want,   # "auto" or a name
     names = names if want == 'auto' else [want]
     asked = shape, device, dtype, documents, backward
     usual = cache(lambda: check_attention('sdpa', *asked))
+    strict = torch.are_deterministic_algorithms_enabled()
+    def measure():
+        try: return fastest(names, lambda name: try_attention(
+            name, *asked, usual), strict)
+        finally: torch.cuda.empty_cache()
     began = time.perf_counter()
-    try: best, notes = fastest(names, lambda name: try_attention(
-        name, *asked, usual),
-        torch.are_deterministic_algorithms_enabled())
-    finally: torch.cuda.empty_cache()
-    spent = time.perf_counter() - began
-    return best, [*notes[:-1], f'{notes[-1]}, chosen in {spent:.1f} s']
+    (best, notes), known = (
+        remembered(measure, ('attention', names, strict, str(asked),
+                             machine_facts(device)))
+        if device.type == 'cuda' else (measure(), False))
+    return best, [*notes[:-1], notes[-1] + chosen_in(began, known)]
 
 # %% ../nbs/07_attention.ipynb #5417476b
 def attend_end(q,   # [B, H, S, D] queries of the last S positions

@@ -6,21 +6,29 @@
 __all__ = ['H100_FLOPS', 'H100_BYTES', 'TILES', 'BENCH_SHAPES', 'floor_ms', 'mlp_passes', 'last_bit', 'squared_act',
            'act_gradient', 'Tile', 'product_kernel', 'mend_interpreter', 'jitted', 'launch', 'act_forward',
            'act_backward', 'mlp_forward', 'mlp_context', 'mlp_backward', 'kernel_ops', 'fused_mlp', 'kernel_obstacle',
-           'time_ms', 'MLPCase', 'tile_error', 'fastest_tile', 'KernelChoice', 'decide', 'choose_mlp', 'both_ways',
-           'mlp_plain', 'capped_loss', 'bench_row', 'mlp_error', 'bench_mlp', 'bench_loss', 'bench_kernels']
+           'time_ms', 'MLPCase', 'quickest', 'tile_error', 'fastest_tile', 'KernelChoice', 'decide', 'machine_facts',
+           'remembered', 'chosen_in', 'choose_mlp', 'both_ways', 'mlp_plain', 'capped_loss', 'bench_row', 'mlp_error',
+           'bench_mlp', 'bench_loss', 'bench_kernels']
 
 # %% ../nbs/06_kernels.ipynb #a1a14ba8
 import functools
+import hashlib
+import importlib.metadata
 import inspect
+import json
+import os
 import time
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
+from pathlib import Path
 from statistics import median
 from types import FunctionType
 
 import torch
 import torch.nn.functional as F
 from torch import library
+
+from .data import atomic_path
 
 # %% ../nbs/06_kernels.ipynb #2c9f709e
 H100_FLOPS, H100_BYTES = 798e12, 3.0e12 # a second, measured
@@ -313,6 +321,13 @@ class MLPCase:
         if half == 0: return (self.x @ self.up.T).square()
         return (self.g @ self.down).mul(self.act)
 
+# %% ../nbs/06_kernels.ipynb #04edf12d
+def quickest(times # {way: its time}
+             ):
+    "The first way within 3 % of the least time, None if there is none."
+    least = min(times.values(), default=None)
+    return next((k for k, t in times.items() if t <= 1.03*least), None)
+
 # %% ../nbs/06_kernels.ipynb #25491e2e
 def tile_error(case, # an `MLPCase` of a few rows
                half, # 0 forward, 1 backward
@@ -328,16 +343,17 @@ def fastest_tile(large, # an `MLPCase` of the size to measure
                  half   # 0 forward, 1 backward
                  ):
     "((ms, tile) or None, {tile: what is wrong with it})."
-    times, failed = [], {}
+    times, failed = {}, {}
     for tile in range(len(TILES)):
         try:
             error = tile_error(small, half, tile)
             if not error < 0.01: failed[tile] = f'wrong by {error:.1e}'
-            else: times.append((time_ms(lambda: large.run(half, tile),
-                                        large.device), tile))
+            else: times[tile] = time_ms(lambda: large.run(half, tile),
+                                        large.device)
         except Exception as error:  # whatever the compiler may raise
             failed[tile] = f'{type(error).__name__}: {error}'[:300]
-    return min(times, default=None), failed
+    best = quickest(times)
+    return best if best is None else (times[best], best), failed
 
 # %% ../nbs/06_kernels.ipynb #07f4ec68
 @dataclass(frozen=True)
@@ -368,6 +384,44 @@ def decide(wish,  # train.kernels
         f'a layer instead of {plain:.3f}', plain, ms, tiles)
 
 # %% ../nbs/06_kernels.ipynb #e9e4c13b
+def machine_facts(device # torch.device, a GPU
+                  ):
+    "What a trial on it depends on, besides the question."
+    def version(name):
+        try: return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError: return ''
+    here = Path(find_spec('golf').submodule_search_locations[0])
+    code = [hashlib.sha256((here/f'{name}.py').read_bytes()).hexdigest()
+            for name in ('kernels', 'attention')]
+    return (torch.cuda.get_device_name(device), torch.__version__,
+            torch.backends.cudnn.version(), version('triton'),
+            version('flash-attn-4'), *code)
+
+def remembered(make,  # () -> something that JSON can hold
+               facts, # what it depends on
+               folder=None # None: that of compiled code, or ~/.cache
+               ):
+    "(what `make` gives, or gave to an earlier process; did it?)."
+    place = os.environ.get('TORCHINDUCTOR_CACHE_DIR') or Path.home()/'.cache'
+    name = hashlib.sha256(repr(facts).encode()).hexdigest()[:32]
+    path = Path(folder or place)/'golf'/'chosen'/f'{name}.json'
+    try: return json.loads(path.read_text()), True
+    except (OSError, ValueError): pass
+    made = make()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_path(path) as tmp: tmp.write_text(json.dumps(made))
+    except OSError: pass
+    return made, False
+
+def chosen_in(began, # `time.perf_counter` of the question
+              known  # was there an answer?
+              ):
+    "How it was chosen, for the end of a line of the log."
+    return (', as chosen before' if known else
+            f', chosen in {time.perf_counter() - began:.1f} s')
+
+# %% ../nbs/06_kernels.ipynb #98a04354
 def choose_mlp(wish,   # "auto", "on" or "off", from train.kernels
                compiled, # is the network?
                device, # torch.device
@@ -386,15 +440,20 @@ def choose_mlp(wish,   # "auto", "on" or "off", from train.kernels
         raise ValueError(f'train.kernels: on, but {why}. Set it to auto')
     if why: return KernelChoice('mlp', False, f'mlp kernel: not used, {why}')
     kernel_ops()
-    large, small = (MLPCase(n, dim, hidden, leaky, device, dtype)
-                    for n in (tokens, 1003))
-    began, halves = time.perf_counter(), range(1 + backward)
-    plain = sum(time_ms(lambda: large.replaced(half), device)
-                for half in halves)
-    choice = decide(wish, plain, [fastest_tile(large, small, half)
-                                  for half in halves])
-    return replace(choice, why=f'{choice.why}, chosen in '
-                               f'{time.perf_counter() - began:.1f} s')
+    def measure():
+        large, small = (MLPCase(n, dim, hidden, leaky, device, dtype)
+                        for n in (tokens, 1003))
+        halves = range(1 + backward)
+        plain = sum(time_ms(lambda: large.replaced(half), device)
+                    for half in halves)
+        return asdict(decide(wish, plain, [fastest_tile(large, small, half)
+                                           for half in halves]))
+    began = time.perf_counter()
+    found, known = remembered(measure, (
+        'mlp', wish, machine_facts(device), str(dtype), tokens, dim, hidden,
+        leaky, backward))
+    return KernelChoice(**found | dict(tiles=tuple(found['tiles']),
+        why=found['why'] + chosen_in(began, known)))
 
 # %% ../nbs/06_kernels.ipynb #2f0ccb6d
 def both_ways(f,     # of tensors
