@@ -56,7 +56,8 @@ def collect_hessians(model, # a `GPT`, not compiled, weights as exported
     "{parameter: mean of x x^T over the tokens, float32 [in, in]}."
     moments, device = InputMoments(), model.tok_emb.weight.device
     precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision('highest')
+    exact = model.stream_dtype == torch.bfloat16
+    torch.set_float32_matmul_precision('high' if exact else 'highest')
     hooks = [m.register_forward_pre_hook(lambda m, args, name=name:
                                          moments.add(name, args[0]))
              for name, m in linears(model).items()]

@@ -52,7 +52,7 @@ from .ranks import report_errors, start_ranks, stream_dtype
 from .rules import RuleBook, RuleBreach, check_clock, text_guard
 from .score import score_artifact, score_weights, write_scores
 from .submit import submit_runs
-from .train import (calibration_rows, check_run, load_checkpoint,
+from .train import (Laps, calibration_rows, check_run, load_checkpoint,
                         load_hessians, rows_at_once, set_up, train_run)
 from .ttt import ttt_stage
 
@@ -152,11 +152,14 @@ def pack_run(folder, # of a run with a checkpoint
     "Write an artifact from the checkpoint, or raise `OverLimit`."
     folder = Path(folder)
     cfg = read_config(folder/'params.yaml', overrides)
+    laps = Laps()
     code, averaged = counted_code(cfg), cfg.average.method != 'none'
+    laps.end('counting code')
     state, facts = load_checkpoint(folder/'checkpoint', averaged)
     hessians = cfg.gptq.enabled and load_hessians(folder/'checkpoint')
     if cfg.gptq.enabled and overrides and not hessians:
         hessians = collect_late(cfg, state, facts, ranks)
+    laps.end('reading')
     with text_guard(RuleBook(), 'pack'):  # no text is open to it
         own = not parse_yaml(overrides, '--overrides').get('quant')
         blob, _, report = export_artifact(
@@ -165,11 +168,13 @@ def pack_run(folder, # of a run with a checkpoint
             facts['formats'] if own else cfg.quant.formats,
             hessians or None, code, ranks)
         check_limit(len(blob), code, cfg.limit_bytes, byte_budget(blob))
+    laps.end('rounding and packing')
     if not ranks.first: return
     path = Path(path or folder/'model.golf')
     write_artifact(path, blob)
     print(f'{path.name}: {len(blob):,} bytes and {code:,} of code, of '
           f'{cfg.limit_bytes:,}', flush=True)
+    print(f'packed: {laps}', flush=True)
     if report:
         print(f'fit: predicted {report["predicted"]:,}, packed '
               f'{report["packs"]}, pruned {report["fraction"]:.2%}, formats '

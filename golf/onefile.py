@@ -514,7 +514,7 @@ def self_extracting(code, # text of `submission_code`
     "Bytes of a script that unpacks this one and runs it."
     body, _, _ = code.partition(START.partition('(')[0])
     forms = []
-    for i in (0, 8, 16, 20, 24):  # which letter is whose: luck
+    for i in (0, 8, 16, 22, 24, 34):  # which letter is whose: luck
         text, names = minified(body, ascii_letters[i:] + ascii_letters[:i])
         start, config = (names[k] for k in ('run_submission', 'Config'))
         forms += [STUB.format(module=k, text=as_literal(pack(text.encode())),
