@@ -381,7 +381,8 @@ def decide(wish,  # train.kernels
     used = wish == 'on' or ms < plain
     return KernelChoice(
         'mlp', used, f'mlp kernel: {"" if used else "not "}used, {ms:.3f} ms '
-        f'a layer instead of {plain:.3f}', plain, ms, tiles)
+        f'a layer instead of {plain:.3f} (tiles {tiles[0]}, {tiles[1]})',
+        plain, ms, tiles)
 
 # %% ../nbs/06_kernels.ipynb #e9e4c13b
 def machine_facts(device # torch.device, a GPU
