@@ -108,6 +108,20 @@ def test_the_same_seed_gives_the_same_run(finished, tiny_run):
     assert losses[0] == losses[1]
 
 
+def test_scored_anew_without_training(finished, shards, tmp_path):
+    "The same weights and artifact, another window: stages of their own."
+    _, out = finished
+    code, said = run(tmp_path/'run.ipynb', config='smoke', data=shards,
+                     out=tmp_path/'run', trained=out, overrides=TINY.replace(
+                         'stride: 16', 'stride: 32'))
+    assert code == 0, said
+    mine, first = (json.loads((f/'result.json').read_text())
+                   for f in (tmp_path/'run', out))
+    assert mine['train'] == first['train']
+    assert stages(mine)[:2] == stages(first)[:2]
+    assert stages(mine)[2] != stages(first)[2]
+
+
 def test_another_config_in_its_folder_is_refused(finished, shards, tmp_path):
     _, out = finished
     before = (out/'result.json').read_bytes()
