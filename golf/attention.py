@@ -524,7 +524,8 @@ def pick_attention(want,   # "auto" or a name
     began = time.perf_counter()
     (best, notes), known = (
         remembered(measure, ('attention', names, strict, str(asked),
-                             machine_facts(device)))
+                             machine_facts(device)),
+                   lambda made: len(made[1]) == 1)  # no faults
         if device.type == 'cuda' else (measure(), False))
     return best, [*notes[:-1], notes[-1] + chosen_in(began, known)]
 

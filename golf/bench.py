@@ -1136,6 +1136,7 @@ class TttBench:
                 ):
         "Graphs for such a variant, from the first chunk and a bit more."
         torch.compiler.reset()
+        self.graph = 'none yet'
         model, self.score, self.meta = artifact_model(
             self.path, self.ranks.device, self.over)
         self.forward = compiled_forward(model, self.score, self.ranks,

@@ -172,7 +172,7 @@ def pack_run(folder, # of a run with a checkpoint
     code, averaged = counted_code(cfg), cfg.average.method != 'none'
     laps.end('counting code')
     state, facts = load_checkpoint(folder/'checkpoint', averaged)
-    hessians = cfg.gptq.enabled and load_hessians(folder/'checkpoint')
+    hessians = load_hessians(folder/'checkpoint') if cfg.gptq.enabled else None
     if cfg.gptq.enabled and overrides and not hessians:
         hessians = collect_late(cfg, state, facts, ranks)
     laps.end('reading')
@@ -182,7 +182,7 @@ def pack_run(folder, # of a run with a checkpoint
             state, cfg, facts['tokenizer_sha256'], facts['precision'],
             facts['temperature'],
             facts['formats'] if own else cfg.quant.formats,
-            hessians or None, code, ranks)
+            hessians, code, ranks)
         check_limit(len(blob), code, cfg.limit_bytes, byte_budget(blob))
     laps.end('rounding and packing')
     if not ranks.first: return

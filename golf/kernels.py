@@ -353,7 +353,7 @@ def fastest_tile(large, # an `MLPCase` of the size to measure
         except Exception as error:  # whatever the compiler may raise
             failed[tile] = f'{type(error).__name__}: {error}'[:300]
     best = quickest(times)
-    return best if best is None else (times[best], best), failed
+    return None if best is None else (times[best], best), failed
 
 # %% ../nbs/06_kernels.ipynb #07f4ec68
 @dataclass(frozen=True)
@@ -400,6 +400,7 @@ def machine_facts(device # torch.device, a GPU
 
 def remembered(make,  # () -> something that JSON can hold
                facts, # what it depends on
+               sound, # (what `make` gave) -> is it to be kept?
                folder=None # None: that of compiled code, or ~/.cache
                ):
     "(what `make` gives, or gave to an earlier process; did it?)."
@@ -409,6 +410,7 @@ def remembered(make,  # () -> something that JSON can hold
     try: return json.loads(path.read_text()), True
     except (OSError, ValueError): pass
     made = make()
+    if not sound(made): return made, False
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_path(path) as tmp: tmp.write_text(json.dumps(made))
@@ -452,7 +454,7 @@ def choose_mlp(wish,   # "auto", "on" or "off", from train.kernels
     began = time.perf_counter()
     found, known = remembered(measure, (
         'mlp', wish, machine_facts(device), str(dtype), tokens, dim, hidden,
-        leaky, backward))
+        leaky, backward), lambda made: made['tiles'])
     return KernelChoice(**found | dict(tiles=tuple(found['tiles']),
         why=found['why'] + chosen_in(began, known)))
 

@@ -12,6 +12,7 @@ __all__ = ['AFTER', 'visible_devices', 'stage_command', 'stage_name', 'process_t
 # %% ../nbs/29_launch.ipynb #414b289e
 import ctypes, json, os, re, select, shlex, shutil, signal, socket
 import subprocess, sys, time
+from itertools import takewhile
 from pathlib import Path
 
 from .config import ConfigError, build_config, config_text, parse_yaml
@@ -232,11 +233,16 @@ def check_training(trained, # folder of a run, or of one that failed later
 def take_training(trained, # folder of a run, see `check_training`
                   run      # folder from `prepare_run`
                   ):
-    "Copy its checkpoint, its curve and its log."
+    "Copy its checkpoint, its curve, and what its log says of training."
     trained = Path(trained)
-    for name in ('metrics.jsonl', 'log.txt'):
-        if (trained/name).is_file(): shutil.copy2(trained/name, run/name)
+    shutil.copy2(trained/'metrics.jsonl', run/'metrics.jsonl')
     shutil.copytree(trained/'checkpoint', run/'checkpoint')
+    if (trained/'log.txt').is_file():
+        stages = (trained/'log.txt').read_text(encoding='utf8').split('\n== ')
+        trains = takewhile(lambda s: ' golf train ' in s.split('\n')[0],
+                           stages)
+        (run/'log.txt').write_text('\n== '.join(trains).rstrip('\n') + '\n',
+                                   encoding='utf8')
 
 # %% ../nbs/29_launch.ipynb #4ac2368e
 def descendants(pid # of a process

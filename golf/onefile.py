@@ -349,7 +349,8 @@ def trained(cfg,   # a `Config`
             say    # prints
             ):
     "(weights, precision, formats, what calibration found)."
-    job = set_up(cfg, ranks, room)
+    job = set_up(cfg, ranks)
+    job.room -= room
     warm_up(job)
     if starts_rounded(cfg): grids_ready(job)
     job.reserve = dry_run(job)

@@ -192,7 +192,7 @@ class Job:
     optimizers: Optimizers
     schedule: Schedule
     formats: tuple          # of the parameters in the artifact
-    room: int               # bytes that the packed model may take
+    room: int               # bytes that model and code may take
     plan: QatSchedule       # when to round
     kernels: KernelChoice   # what the MLPs compute with
     average: object = None  # of the weights, from the first step on
@@ -203,9 +203,8 @@ class Job:
     logged: tuple = (0, 0.) # (step, seconds) of the last line
 
 # %% ../nbs/22_train.ipynb #d4c3b2c0
-def set_up(cfg,   # a `Config`
-           ranks, # `Ranks`
-           code=0 # bytes of code that count
+def set_up(cfg,  # a `Config`
+           ranks # `Ranks`
            ):
     "Build all parts of a run."
     t, d, dev = cfg.train, cfg.data, ranks.device
@@ -224,7 +223,7 @@ def set_up(cfg,   # a `Config`
     return Job(cfg, ranks, dataset, loader, heldout,
                int(target_bytes(tables, heldout[:-1], heldout[1:]).sum()),
                model, forward, optimizers, schedule_of(t, cfg.optim),
-               cfg.quant.formats, cfg.limit_bytes - code - cfg.fit.margin,
+               cfg.quant.formats, cfg.limit_bytes - cfg.fit.margin,
                QatSchedule(cfg.qat), choose_kernels(
                    model, t.kernels, compile_choice(t.compile, dev)[0],
                    ranks, rows*t.seq_len), notes=notes)

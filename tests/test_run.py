@@ -109,7 +109,7 @@ def test_the_same_seed_gives_the_same_run(finished, tiny_run):
 
 
 def test_scored_anew_without_training(finished, shards, tmp_path):
-    "The same weights and artifact, another window: stages of their own."
+    "The same weights, another window: only its stage is another."
     _, out = finished
     code, said = run(tmp_path/'run.ipynb', config='smoke', data=shards,
                      out=tmp_path/'run', trained=out, overrides=TINY.replace(
