@@ -7,7 +7,6 @@ __all__ = ['HOST_THREADS', 'PEAK_FLOPS', 'pick_device', 'stream_dtype', 'Ranks',
            'machine', 'utilisation']
 
 # %% ../nbs/15_ranks.ipynb #ca11b2c6
-import gc
 import json
 import os
 import platform
@@ -15,6 +14,7 @@ import time
 import traceback
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 
 import torch
@@ -113,13 +113,12 @@ def start_ranks(want,     # "auto", "cpu" or "cuda"
         torch.cuda.set_device(device)
     torch.set_num_threads(threads or share)
     if world > 1:
+        import_module('torch.distributed.nn.functional')
         dist.init_process_group('cpu:gloo,cuda:nccl' if
                                 device.type == 'cuda' else 'gloo')
     try: yield Ranks(rank, world, device)
     finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
-            gc.collect()  # what still holds the group aborts gloo at exit
+        if dist.is_initialized(): dist.destroy_process_group()
 
 # %% ../nbs/15_ranks.ipynb #66a48bb6
 @contextmanager
