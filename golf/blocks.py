@@ -68,13 +68,17 @@ class Block(nn.Module):
         self.mlp_scale = nn.Parameter(torch.ones(d))
         self.resid_mix = nn.Parameter(torch.stack((torch.ones(d),
                                                    torch.zeros(d))))
-        self.ln_scale = (layer + 1)**-.5 if cfg.ln_scale else 1
+        scale = torch.tensor((layer + 1)**-.5, dtype=torch.float64)
+        self.register_buffer('ln_scale', scale if cfg.ln_scale else None,
+                             persistent=False)
 
     def norm(self,
              x # [B, T, d] the residual stream
              ):
         "What a branch reads of the stream."
-        return rms(x) if self.ln_scale == 1 else self.ln_scale * rms(x)
+        if self.ln_scale is None: return rms(x)
+        wide = torch.promote_types(x.dtype, torch.float32)
+        return (self.ln_scale * rms(x).to(wide)).type_as(x)
 
     def forward(self,
                 x,         # [B, T, d] the residual stream

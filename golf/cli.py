@@ -24,8 +24,8 @@ from pathlib import Path
 
 from .artifact import (byte_budget, check_limit, export_artifact,
                            write_artifact)
-from .bench import (attention_text, bench_attention, bench_ranks,
-                        bench_same, bench_sliding, bench_threads,
+from .bench import (COMPILED, attention_text, bench_attention,
+                        bench_ranks, bench_same, bench_sliding, bench_threads,
                         bench_train, bench_ttt, kernels_text, measurement,
                         plot_ranks, plot_rows, plot_same, plot_step,
                         plot_train, profile_step, ranks_text, same_text,
@@ -569,7 +569,7 @@ def same_asked(a, cfg, ranks):
 def threads_asked(a, cfg, ranks):
     "`golf bench threads`."
     facts = bench_threads(cfg, a.seconds or 5,
-                          ('off',) if a.eager else ('off', 'on'))
+                          ('off',) if a.eager else COMPILED)
     return facts, (f'fastest: {facts["fastest"]}; with its startup: '
                    f'{facts["fastest_with_startup"]}'), plot_rows(
         facts['rows'], 'setting', ['ms'], 'ms a step')

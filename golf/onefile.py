@@ -6,9 +6,10 @@
 __all__ = ['STAND_INS', 'REPORTED', 'SEED', 'START', 'STUB', 'section', 'section_text', 'config_code', 'import_code',
            'bare_dataset', 'needs_shards', 'bare_check', 'Ahead', 'broke', 'Order', 'bare_ledger', 'bare_clock',
            'bare_limit', 'bare_read', 'bare_unzip', 'bare_write', 'bare_cores', 'nothing', 'freely', 'plain_kernels',
-           'masked_attention', 'no_choice', 'named_choice', 'mask_layout', 'Settled', 'whole_rows', 'whole_losses',
-           'one_window', 'stand_in', 'Unreported', 'asked', 'trained', 'run_submission', 'nothing_said', 'file_nodes',
-           'published', 'kernel_swaps', 'file_units', 'submission_code', 'self_extracting', 'submission_bytes']
+           'masked_attention', 'no_choice', 'named_choice', 'mask_layout', 'compiled_whole', 'whole_graph',
+           'whole_always', 'Settled', 'whole_rows', 'whole_losses', 'one_window', 'stand_in', 'Unreported', 'asked',
+           'trained', 'run_submission', 'nothing_said', 'file_nodes', 'published', 'kernel_swaps', 'file_units',
+           'submission_code', 'self_extracting', 'submission_bytes']
 
 # %% ../nbs/33_onefile.ipynb #17deeee2
 import argparse
@@ -218,7 +219,8 @@ def plain_kernels(cfg # a `Config`
                   ):
     "The config with nothing left to be measured."
     t = cfg.train
-    plain = dict(attention='sdpa', kernels='off')
+    plain = dict(attention='sdpa', kernels='off',
+                 compile='auto' if t.device == 'cuda' else 'off')
     return replace(cfg, train=replace(t, **{
         k: v for k, v in plain.items() if vars(t)[k] == 'auto'}))
 
@@ -246,15 +248,31 @@ def mask_layout(opens, kernel):
     return (seen & (number[:, :, None] == number[:, None]))[:, None]
 
 # %% ../nbs/33_onefile.ipynb #90616755
+def compiled_whole(cfg # a `Config`
+                   ):
+    "Does nothing in it ask for parts that are compiled?"
+    return 'layers' not in (cfg.train.compile, cfg.score.compile)
+
+def whole_graph(model, how):
+    "Stands in for `compiled` there."
+    return whole_always(model) if how != 'off' else model
+
+def whole_always(model, how='on'):
+    "The same where it is compiled in any case."
+    return torch.compile(model, fullgraph=True, dynamic=False)
+
 class Settled(ast.NodeTransformer):
     "Write what is known into the class of the network."
     def __init__(self, cfg):
         m = cfg.model
-        self.names = ('span', 'kept') * (cfg.score.method == 'exact')
+        self.whole = compiled_whole(cfg)
+        exact = cfg.score.method == 'exact'
+        self.names = ('call', *('span', 'kept')*exact)*self.whole
         self.apart = m.isolate_documents
         self.bare = cfg.train.attention == 'sdpa' and not self.apart
         self.parts = dict(bigram=m.bigram_buckets, smear=m.smear,
-                          ve=m.value_layers, opens=self.apart)
+                          ve=m.value_layers, opens=self.apart,
+                          layout=self.apart)
 
     def visit_FunctionDef(self, node):
         self.generic_visit(node)
@@ -262,13 +280,15 @@ class Settled(ast.NodeTransformer):
         for name in self.names:
             if a.args[-1].arg != name: continue
             a.args.pop()
-            node.body.insert(bool(ast.get_docstring(node)), ast.Assign(
-                [ast.Name(name, ast.Store())], a.defaults.pop(), lineno=0))
+            default = a.defaults.pop()
+            if name != 'call': node.body.insert(
+                bool(ast.get_docstring(node)), ast.Assign(
+                    [ast.Name(name, ast.Store())], default, lineno=0))
         return node
 
     def visit_Compare(self, node):
         asks = re.fullmatch(
-            r'(?:(?:self|model)\.)?(bigram|smear|ve|opens) is( not)? None',
+            r'(?:(?:self|model)\.)?(bigram|smear|ve|opens|layout) is( not)? None',
             ast.unparse(node))
         if not asks: return node
         return ast.Constant(bool(self.parts[asks[1]]) == bool(asks[2]))
@@ -277,6 +297,8 @@ class Settled(ast.NodeTransformer):
         self.generic_visit(node)
         name = ast.unparse(node.func)
         if name == 'self.opens' and not self.apart: return ast.Constant(None)
+        if name == 'call' and self.whole:
+            return ast.Call(node.args[0], node.args[1:], [])
         if self.bare and ast.unparse(node).startswith('partial(attention,'):
             return node.args[0]
         if isinstance(node.func, ast.Attribute):  # f(x, kept) is f(x)
@@ -441,6 +463,9 @@ def kernel_swaps(cfg # a `Config`
         swaps['attention'] = 'masked_attention' if apart else 'attend_end'
         swaps['document_layout'] = 'mask_layout' if apart else 'nothing'
     else: swaps['choose_attention'] = 'named_choice'
+    if compiled_whole(cfg): swaps['compiled'] = (
+        'whole_always' if t.device == 'cuda' and 'off' not in
+        (t.compile, cfg.score.compile) else 'whole_graph')
     if t.kernels == 'off': swaps |= dict.fromkeys(
         ('choose_kernels', 'print_choices'), 'nothing')
     if cfg.score.method == 'exact':

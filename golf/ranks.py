@@ -116,9 +116,8 @@ def start_ranks(want,     # "auto", "cpu" or "cuda"
         import_module('torch.distributed.nn.functional')
         dist.init_process_group('cpu:gloo,cuda:nccl' if
                                 device.type == 'cuda' else 'gloo')
-    try: yield Ranks(rank, world, device)
-    finally:
-        if dist.is_initialized(): dist.destroy_process_group()
+    yield Ranks(rank, world, device)
+    if dist.is_initialized(): dist.destroy_process_group()
 
 # %% ../nbs/15_ranks.ipynb #66a48bb6
 @contextmanager

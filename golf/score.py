@@ -26,7 +26,7 @@ from .config import ModelConfig, ScoreConfig
 from .data import (byte_tables, load_tokenizer, target_bytes, val_targets,
                        atomic_path)
 from .fit import predicted_bytes
-from .model import GPT, choose_attention, choose_kernels
+from .model import GPT, choose_attention, choose_kernels, compiled
 from .quantize import dequantize_state
 from .ranks import Ranks, stream_dtype
 from .rules import (RuleBook, check_byte_count, open_ledger,
@@ -82,13 +82,12 @@ def compiled_forward(model, # a `GPT`, on its device
     "The model as the scorer calls it, with the kernels of this machine."
     notes = choose_attention(model, 'auto', ranks, score.batch,
                              score.seq_len, learns)
-    cuda = ranks.device.type == 'cuda'
-    on = score.compile == 'on' or score.compile == 'auto' and cuda
-    choice = choose_kernels(model, 'auto', on, ranks,
+    cuda, wish = ranks.device.type == 'cuda', score.compile
+    how = ('on' if cuda else 'off') if wish == 'auto' else wish
+    choice = choose_kernels(model, 'auto', how != 'off', ranks,
                             score.batch*score.seq_len, learns)
     if cuda and ranks.first: print_choices(notes, choice)
-    return (torch.compile(model, fullgraph=True, dynamic=False) if on
-            else model)
+    return compiled(model, how)
 
 # %% ../nbs/25_score.ipynb #aec2259f
 @contextmanager

@@ -181,7 +181,6 @@ def score_ttt(forward, # (ids, targets, first) -> nats [B, L-first]
               score,   # a `ScoreConfig`
               ttt,     # a `TttConfig`
               ranks,   # `Ranks`
-              learn=None,# what rows are trained with; None: `forward`
               book=None  # the scorer's `RuleBook`
               ):
     "The stage `ttt` of result.json, with the nats of each chunk."
@@ -204,7 +203,7 @@ def score_ttt(forward, # (ids, targets, first) -> nats [B, L-first]
             rate = chunk_rate(len(chunks) - 1 - left, len(chunks), ttt)
             optimizer.param_groups[0]['lr'] = ttt.lr * rate
             with learning(model, names):
-                train_chunk(forward if learn is None else learn, optimizer,
+                train_chunk(forward, optimizer,
                             text.tokens[ledger.train(first, n)], L, ttt,
                             ranks)
     nats = ledger.close()
@@ -223,7 +222,5 @@ def ttt_stage(forward, # from `compiled_forward`
     ttt, score = TttConfig(**meta['ttt']), ScoreConfig(**meta['score'])
     if not ttt.enabled: return None
     model = getattr(forward, '_orig_mod', forward)
-    learn = (model if forward is model else
-             torch.compile(model, fullgraph=True, dynamic=False))
     model.temperature.fill_(score.temperature)
-    return score_ttt(forward, model, text, score, ttt, ranks, learn, book)
+    return score_ttt(forward, model, text, score, ttt, ranks, book)

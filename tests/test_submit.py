@@ -154,6 +154,16 @@ def test_kernels_only_by_name():
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not shutil.which(os.environ.get('CXX', 'g++')),
+                    reason='compiling for a CPU needs a C++ compiler')
+@pytest.mark.parametrize('how', ['on', 'layers'])
+def test_compiled_both_ways(how, shards_small, tmp_path):
+    "Training and scoring."
+    compare('pr576', shards_small, tmp_path, packed=True, more=dict(
+        train=dict(compile=how), score=dict(compile=how)))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize('name', ['pr219', 'pr314', 'pr469'])
 def test_the_other_systems(name, shards_small, tmp_path):
     compare(name, shards_small, tmp_path)

@@ -11,7 +11,7 @@ import torch
 from conftest import ROOT
 
 from golf.config import ModelConfig, ScoreConfig, TttConfig
-from golf.model import build_model
+from golf.model import ByLayers, build_model
 from golf.ranks import Ranks
 from golf.score import deterministic
 from golf.ttt import (chunk_targets, learning,
@@ -189,20 +189,23 @@ def test_only_what_is_named_moves():
             if p.grad is not None} == set(names)
 
 
-def test_scoring_keeps_its_graph():
+@pytest.mark.parametrize('layers', [False, True])
+def test_scoring_keeps_its_graph(layers):
     "After a sliding pass, training adds graphs and scoring none."
     model, text, graphs = small_model(), make_text(), []
     def count(graph, inputs):
         graphs.append(torch.is_grad_enabled())
         return graph
     torch._dynamo.reset()
-    compiled, rows = (torch.compile(model, fullgraph=True, backend=count,
-                                    **kw) for kw in ({}, dict(dynamic=False)))
+    compiled = (ByLayers(model, backend=count) if layers else
+                torch.compile(model, fullgraph=True, dynamic=False,
+                              backend=count))
     sum_losses(compiled, text.tokens, plan_windows(640, 32, 8), SCORE.batch,
                Ranks())
     before = len(graphs)
-    score_ttt(compiled, model, text, SCORE, TTT, Ranks(), rows)
-    assert graphs[before:] == [True]
+    score_ttt(compiled, model, text, SCORE, TTT, Ranks())
+    assert all(graphs[before:]) and (layers or len(graphs) == before + 1)
+    assert not any(graphs[:before])
     torch._dynamo.reset()
 
 

@@ -72,9 +72,22 @@ def test_two_ranks_score_as_one(tiny_run, shards, tmp_path, what):
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which(os.environ.get('CXX', 'g++')),
                     reason='compiling for a CPU needs a C++ compiler')
-def test_compiled_is_the_same_run(tiny_run, shards, tmp_path):
+@pytest.mark.parametrize('how', ['on', 'layers'])
+def test_compiled_is_the_same_run(how, tiny_run, shards, tmp_path):
     "Compiled for the CPU: rounding proved live, no recompile, same losses."
     golf('train', 'smoke', '--data', shards, '--out', tmp_path/'run',
-         '--overrides', TINY.replace('compile: off', 'compile: on'))
+         '--overrides', TINY.replace('compile: off', f'compile: {how}'))
     for a, b in zip(lines(tiny_run), lines(tmp_path/'run')):
         assert abs(a['loss'] - b['loss']) < 1e-3
+
+
+def test_a_compiler_that_fails_is_no_end(tiny_run, shards, tmp_path,
+                                         monkeypatch):
+    "Where nobody insisted on it, the run goes on eager, and says so."
+    monkeypatch.setenv('CXX', shutil.which('false'))
+    monkeypatch.setenv('TORCHINDUCTOR_CACHE_DIR', str(tmp_path/'cache'))
+    done = golf('train', 'smoke', '--data', shards, '--out', tmp_path/'run',
+                '--overrides', TINY.replace('compile: off', 'compile: auto'))
+    assert 'compiled layer by layer' in done.stdout
+    assert 'eager after all' in done.stdout
+    assert lines(tmp_path/'run')[-1]['loss'] == lines(tiny_run)[-1]['loss']
