@@ -502,7 +502,9 @@ def config_asked(a,       # parsed arguments
     return cfg if a.data else without_data(cfg)
 
 def step_asked(a, cfg, ranks):
-    "`golf bench step`."
+    "`golf bench step`; on a CPU eager, unless it is to be compiled."
+    if ranks.device.type == 'cpu' and cfg.train.compile == 'auto':
+        cfg = replace(cfg, train=replace(cfg.train, compile='off'))
     facts = profile_step(set_up(cfg, ranks), a.steps or 3)
     return facts, step_text(facts, 30), plot_step(facts, cfg.name)
 
