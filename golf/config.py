@@ -170,8 +170,8 @@ class TrainConfig:
     warmdown_shape: Literal['linear', 'cosine'] = 'linear'
     min_lr: float = 0.0              # multiplier at the end
     precision: Literal['auto', 'bf16', 'fp32'] = 'auto'  # of activations
-    compile: Literal['auto', 'on', 'layers', 'off'] = 'auto'  # layers =
-    #                         each kind of layer once: ready sooner
+    compile: Literal['auto', 'on', 'layers', 'off'] = 'auto'  # layers: a
+    #     graph for each kind of layer; auto: on on a GPU, layers on a CPU
     attention: Literal['auto', 'sdpa', 'cudnn', 'flash', 'flash3', 'flash4',
                        'plain'] = 'auto'  # kernel; auto = the fastest here
     kernels: Literal['auto', 'on', 'off'] = 'auto'  # fused, as measured
@@ -293,7 +293,7 @@ class ScoreConfig:
     kept_windows: int = 2            # kept: length of a row, in seq_len
     batch: int = 32                  # rows a forward
     threads: int = 2                 # CPU threads a process
-    compile: Literal['auto', 'on', 'layers', 'off'] = 'auto'  # on a GPU
+    compile: Literal['auto', 'on', 'layers', 'off'] = 'auto'  # auto: GPU
     tail: Literal['drop', 'all'] = 'drop'  # targets that fill no row
     temperature: float | Literal['heldout'] = 1.0  # of sliding and ttt
     deterministic: bool = False      # the same bits at every run, on a GPU

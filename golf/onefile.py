@@ -254,7 +254,7 @@ def compiled_whole(cfg # a `Config`
     return 'layers' not in (cfg.train.compile, cfg.score.compile)
 
 def whole_graph(model, how):
-    "Stands in for `compiled` there."
+    "Stands in for `compile_model` there."
     return whole_always(model) if how != 'off' else model
 
 def whole_always(model, how='on'):
@@ -463,7 +463,7 @@ def kernel_swaps(cfg # a `Config`
         swaps['attention'] = 'masked_attention' if apart else 'attend_end'
         swaps['document_layout'] = 'mask_layout' if apart else 'nothing'
     else: swaps['choose_attention'] = 'named_choice'
-    if compiled_whole(cfg): swaps['compiled'] = (
+    if compiled_whole(cfg): swaps['compile_model'] = (
         'whole_always' if t.device == 'cuda' and 'off' not in
         (t.compile, cfg.score.compile) else 'whole_graph')
     if t.kernels == 'off': swaps |= dict.fromkeys(
@@ -492,7 +492,7 @@ def file_units(cfg # a `Config`
     pairs = [(k, v) for k, v in zip(table.keys, table.values)
              if k.value == cfg.train.attention]
     table.keys, table.values = map(list, zip(*pairs)) if pairs else ([], [])
-    for name in ('SmearGate', 'bigram_index', 'TiedEmbedding', 'GPT',
+    for name in ('SmearGate', 'bigram_index', 'TiedEmbedding', 'Layers', 'GPT',
                  'init_weights'):
         Settled(cfg).visit(units[name].node)
     for unit in units.values():

@@ -26,7 +26,7 @@ from .config import ModelConfig, ScoreConfig
 from .data import (byte_tables, load_tokenizer, target_bytes, val_targets,
                        atomic_path)
 from .fit import predicted_bytes
-from .model import GPT, choose_attention, choose_kernels, compiled
+from .model import GPT, choose_attention, choose_kernels, compile_model
 from .quantize import dequantize_state
 from .ranks import Ranks, stream_dtype
 from .rules import (RuleBook, check_byte_count, open_ledger,
@@ -87,7 +87,7 @@ def compiled_forward(model, # a `GPT`, on its device
     choice = choose_kernels(model, 'auto', how != 'off', ranks,
                             score.batch*score.seq_len, learns)
     if cuda and ranks.first: print_choices(notes, choice)
-    return compiled(model, how)
+    return compile_model(model, how)
 
 # %% ../nbs/25_score.ipynb #aec2259f
 @contextmanager

@@ -38,7 +38,7 @@ from .fit import (Sketch, check_knob, open_formats, solve_reach,
 from .grid import check_formats, format_of
 from .kernels import KernelChoice
 from .model import (build_model, choose_attention, choose_kernels,
-                        compiled, flops_per_token, parameter_shapes)
+                        compile_model, flops_per_token, parameter_shapes)
 from .muon import Optimizers, build_optimizers, clip_gradients
 from .qat import (QatSchedule, advance_qat, assign_grids, linears,
                       prove_rounding, weights_as)
@@ -181,7 +181,7 @@ def model_and_forward(cfg,    # a `Config`
     if cfg.qat.enabled:
         assign_grids(model, cfg.quant.formats, cfg.qat.rounding)
     model = model.to(device)
-    return model, compiled(model, compile_choice(t.compile, device))
+    return model, compile_model(model, compile_choice(t.compile, device))
 
 # %% ../nbs/22_train.ipynb #d3329ff2
 @dataclass

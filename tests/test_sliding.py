@@ -14,7 +14,7 @@ from torch._dynamo.testing import CompileCounter
 from golf import attention
 from golf.check import check_stage
 from golf.config import ModelConfig, ScoreConfig, TttConfig
-from golf.model import GPT, compiled
+from golf.model import GPT, compile_model
 from golf.ranks import Ranks
 from golf.rules import RuleBook, open_ledger, probe_forward, probe_pass
 from golf.score import (check_ends, score_stage, short_windows, sliding_plan)
@@ -306,7 +306,7 @@ def test_compiled(score, how):
     "By Inductor, for the CPU: the same losses."
     torch.compiler.reset()
     model, text = random_model(size=.5), make_text()
-    forward = compiled(model, how)
+    forward = compile_model(model, how)
     for w in sliding_plan(700, score): check_ends(
         forward, text.tokens, w, 8, torch.device('cpu'))
     a, b = (score_stage('sliding', f, text, score, Ranks())['val_loss']
