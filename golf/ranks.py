@@ -113,6 +113,7 @@ def start_ranks(want,     # "auto", "cpu" or "cuda"
         torch.cuda.set_device(device)
     torch.set_num_threads(threads or share)
     if world > 1:
+        # imported later, its defaults would keep the group alive
         import_module('torch.distributed.nn.functional')
         dist.init_process_group('cpu:gloo,cuda:nccl' if
                                 device.type == 'cuda' else 'gloo')
