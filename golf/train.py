@@ -9,7 +9,8 @@ __all__ = ['SNAPSHOTS', 'Clock', 'step_seconds', 'compile_choice', 'compile_reas
            'starts_rounded', 'grids_ready', 'take_formats', 'run_steps', 'switches', 'run_state', 'restore_run',
            'exported_weights', 'calibration_rows', 'asks_for', 'calibrate', 'dry_run', 'calibrate_on_clock',
            'run_facts', 'save_checkpoint', 'load_checkpoint', 'load_hessians', 'line_logger', 'last_state',
-           'snapshots_of', 'open_lines', 'train_run', 'Laps', 'first_gradients', 'get_ready', 'train_guarded']
+           'snapshots_of', 'open_lines', 'train_run', 'Laps', 'from_cache', 'first_gradients', 'get_ready',
+           'train_guarded']
 
 # %% ../nbs/22_train.ipynb #d62c70d6
 import json
@@ -699,6 +700,14 @@ class Laps:
         return ', '.join(f'{k} {v:.1f} s' for k, v in (
             *self.parts.items(), ('in all', sum(self.parts.values()))))
 
+# %% ../nbs/22_train.ipynb #f8b6b85f
+def from_cache(counters # of PyTorch's compiler, on differentiated graphs
+               ):
+    "What an earlier run had left, in words."
+    total = counters.get('total', 0)
+    found = counters.get('autograd_cache_hit', 0)
+    return f'; {found} of {total} graphs from the cache' if total else ''
+
 # %% ../nbs/22_train.ipynb #623f29c4
 def first_gradients(job, # the run, set up
                     say  # prints, or does nothing
@@ -733,7 +742,8 @@ def get_ready(job,  # the run, set up
     laps.end('warm-up')
     job.reserve = dry_run(job)
     laps.end('calibration')
-    say(f'start: {laps}', flush=True)
+    graphs = torch._dynamo.utils.counters['aot_autograd']
+    say(f'start: {laps}{from_cache(graphs)}', flush=True)
 
 # %% ../nbs/22_train.ipynb #4c79fb9f
 def train_guarded(job,  # the run, set up
