@@ -2,6 +2,8 @@
 
 The kernels of a GPU cannot run here; what surrounds them can, with the formula in their place.
 """
+import os
+import shutil
 import sys
 from dataclasses import replace
 from types import ModuleType, SimpleNamespace
@@ -18,7 +20,7 @@ from golf.attention import (attention, attention_backends, attention_call, check
                             visible)
 from golf.config import ModelConfig
 from golf.data import BOS
-from golf.model import build_model, choose_attention
+from golf.model import build_model, choose_attention, compile_model
 from golf.ranks import Ranks
 from golf.rules import RuleBook, probe_forward
 from golf.windows import plan_windows
@@ -66,6 +68,23 @@ def test_a_held_kernel_compiles_whole():
     y = torch.compile(attention_call('flash'), fullgraph=True, backend='aot_eager')(q, k, v)
     assert (y - attention(q, k, v)).abs().max() < 1e-6
     with pytest.raises(RuntimeError): attention(q, k, v, 'cudnn')
+
+
+@pytest.mark.skipif(not shutil.which(os.environ.get('CXX', 'g++')), reason='no C++ compiler')
+@pytest.mark.parametrize('how', ['on', 'layers'])
+def test_a_held_kernel_is_found_in_the_cache(how, tmp_path, monkeypatch):
+    "PyTorch keeps no graph with a function that it does not know, unless it is told what the function depends on."
+    monkeypatch.setenv('TORCHINDUCTOR_CACHE_DIR', str(tmp_path))
+    model = build_model(replace(SMALL, layers=1, value_layers=(), xsa_layers=0), 32, 0)
+    model.attention = 'flash'
+    seen = torch._dynamo.utils.counters['aot_autograd']
+    for found in (False, True):
+        torch.compiler.reset()
+        seen.clear()
+        compile_model(model, how)(*torch.randint(300, (2, 2, 32))).sum().backward()
+        assert seen['autograd_cache_bypass'] == 0
+        assert seen['autograd_cache_hit'] == found*seen['total']
+    torch.compiler.reset()
 
 
 def test_a_part_of_a_wider_row_is_not_copied():
