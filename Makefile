@@ -34,7 +34,7 @@ test: $(VENV)/installed
 
 # A process for each: what one chapter holds open is none of the next one's.
 # Two at a time with a thread each: threads without a core wait for a turn.
-test-%: export OMP_NUM_THREADS = 1
+$(CHAPTERS:%=test-%) $(TESTS:%=test-%): export OMP_NUM_THREADS = 1
 $(CHAPTERS:%=test-%): test-%: $(VENV)/installed
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/nbdev_test --path $* --n_workers 0
 
