@@ -82,7 +82,7 @@ def test_a_held_kernel_is_found_in_the_cache(how, tmp_path, monkeypatch):
         torch.compiler.reset()
         seen.clear()
         compile_model(model, how)(*torch.randint(300, (2, 2, 32))).sum().backward()
-        assert seen['autograd_cache_bypass'] == 0
+        assert seen['total'] and seen['autograd_cache_bypass'] == 0
         assert seen['autograd_cache_hit'] == found*seen['total']
     torch.compiler.reset()
 
