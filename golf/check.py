@@ -25,7 +25,7 @@ from .build import (CANONICAL, CANONICAL_ROW, canonical_verdict,
 from .config import ScoreConfig, TttConfig, read_config
 from .corpus import resolve_dataset
 from .data import atomic_path, load_tokenizer
-from .onefile import submission_bytes
+from .onefile import count_code
 from .ranks import Ranks, machine, pick_device
 from .report import check_result, git_commit
 from .rules import (RuleBook, RuleBreach, check_byte_count,
@@ -269,7 +269,7 @@ def check_sizes(book,  # a `RuleBook`
     here = Path(path).with_name('params.yaml')
     if (git_commit() == result['commit'] and len(result['commit']) == 40
             and here.is_file()):
-        code = submission_bytes(read_config(here))
+        code = count_code(read_config(here))
         same &= abs(code - claimed['code']) < 200
     check_size(book, size, code, min(claimed['limit'], 16_000_000))
     return dict(model=size, code=code, agrees=same)

@@ -47,7 +47,7 @@ from .launch import (abandon_run, child_environment, finish_run,
                          prepare_run)
 from .model import (expected_bytes, flops_per_token, parameter_shapes,
                         parameter_table)
-from .onefile import submission_bytes
+from .onefile import counted_once, submission_bytes
 from .ranks import report_errors, start_ranks, stream_dtype
 from .rules import RuleBook, RuleBreach, check_clock, text_guard
 from .score import score_artifact, score_weights, write_scores
@@ -90,6 +90,8 @@ def count_ahead(cfg,  # a `Config`
     asked = cfg.qat.enabled and cfg.fit.enabled \
         and open_formats(cfg.quant.formats)
     if not (asked and ranks.first): return lambda: 0
+    known = counted_once(cfg, lambda cfg: 0)
+    if known: return lambda: known
     child = subprocess.Popen(
         [sys.executable, '-c', COUNT], stdin=subprocess.PIPE,
         stdout=subprocess.PIPE, text=True, env=child_environment())

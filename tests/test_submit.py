@@ -10,18 +10,20 @@ import subprocess
 import symtable
 import sys
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import pytest
 from conftest import golf
 from test_systems import shrink
 
+from golf import onefile
 from golf.artifact import byte_budget
 from golf.cli import main
 from golf.config import config_text, load_run_config, read_config
 from golf.data import read_shard, write_split
 from golf.layout import minified
-from golf.onefile import (file_nodes, self_extracting, submission_bytes,
-                          submission_code)
+from golf.onefile import (counted_once, file_nodes, self_extracting,
+                          submission_bytes, submission_code)
 from golf.report import build_result
 from golf.settle import Fold, learn, pure_functions, read_units, units_of
 from golf.submit import submit_runs
@@ -114,6 +116,21 @@ def compare(name, data, tmp_path, nproc=1, packed=False, more=None):
     assert f'{len(code):,} bytes of' in said
     if packed: assert len(code) == room
     return scores
+
+
+def test_counted_once(tmp_path, monkeypatch):
+    "By the next process neither, unless a value or the source is another."
+    monkeypatch.setenv('TORCHINDUCTOR_CACHE_DIR', str(tmp_path))
+    asked = []
+    def count(cfg): asked.append(cfg); return 100 + len(asked)
+    cfg, _ = load_run_config('pr137')
+    assert counted_once(cfg, count) == counted_once(cfg, count) == 101
+    elsewhere = replace(cfg, seed=7, data=replace(cfg.data, path=str(
+        tmp_path/Path(cfg.data.path).name)))
+    assert counted_once(elsewhere, count) == 101
+    assert counted_once(replace(cfg, limit_bytes=10**6), count) == 102
+    monkeypatch.setattr(onefile, 'package_hash', lambda: 'other')
+    assert counted_once(cfg, count) == 103 and len(asked) == 3
 
 
 def test_576_to_the_last_digit(shards_small, tmp_path):
