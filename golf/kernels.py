@@ -6,9 +6,9 @@
 __all__ = ['H100_FLOPS', 'H100_BYTES', 'TILES', 'BENCH_SHAPES', 'floor_ms', 'mlp_passes', 'last_bit', 'squared_act',
            'act_gradient', 'Tile', 'product_kernel', 'mend_interpreter', 'jitted', 'launch', 'act_forward',
            'act_backward', 'mlp_forward', 'mlp_context', 'mlp_backward', 'kernel_ops', 'fused_mlp', 'kernel_obstacle',
-           'time_ms', 'MLPCase', 'quickest', 'tile_error', 'fastest_tile', 'KernelChoice', 'decide', 'machine_facts',
-           'remembered', 'chosen_in', 'choose_mlp', 'both_ways', 'mlp_plain', 'capped_loss', 'bench_row', 'mlp_error',
-           'bench_mlp', 'bench_loss', 'bench_kernels']
+           'time_ms', 'MLPCase', 'quickest', 'tile_error', 'fastest_tile', 'KernelChoice', 'decide', 'source_hash',
+           'machine_facts', 'remembered', 'chosen_in', 'choose_mlp', 'both_ways', 'mlp_plain', 'capped_loss',
+           'bench_row', 'mlp_error', 'bench_mlp', 'bench_loss', 'bench_kernels']
 
 # %% ../nbs/06_kernels.ipynb #a1a14ba8
 import functools
@@ -385,18 +385,24 @@ def decide(wish,  # train.kernels
         plain, ms, tiles)
 
 # %% ../nbs/06_kernels.ipynb #e9e4c13b
+def source_hash(*names # of modules of the package; none: of all
+                ):
+    "sha256 of their source."
+    here = Path(find_spec('golf').submodule_search_locations[0])
+    paths = ([here/f'{name}.py' for name in names]
+             or sorted(here.glob('*.py')))
+    return hashlib.sha256(b''.join(
+        p.read_bytes() for p in paths)).hexdigest()
+
 def machine_facts(device # torch.device, a GPU
                   ):
     "What a trial on it depends on, besides the question."
     def version(name):
         try: return importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError: return ''
-    here = Path(find_spec('golf').submodule_search_locations[0])
-    code = [hashlib.sha256((here/f'{name}.py').read_bytes()).hexdigest()
-            for name in ('kernels', 'attention')]
     return (torch.cuda.get_device_name(device), torch.__version__,
             torch.backends.cudnn.version(), version('triton'),
-            version('flash-attn-4'), *code)
+            version('flash-attn-4'), source_hash('kernels', 'attention'))
 
 def remembered(make,  # () -> something that JSON can hold
                facts, # what it depends on

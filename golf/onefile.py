@@ -9,13 +9,12 @@ __all__ = ['STAND_INS', 'REPORTED', 'SEED', 'START', 'STUB', 'section', 'section
            'masked_attention', 'no_choice', 'named_choice', 'mask_layout', 'compiled_whole', 'whole_graph',
            'whole_always', 'Settled', 'whole_rows', 'whole_losses', 'one_window', 'stand_in', 'Unreported', 'asked',
            'trained', 'run_submission', 'nothing_said', 'file_nodes', 'published', 'kernel_swaps', 'file_units',
-           'submission_code', 'self_extracting', 'count_code', 'package_hash', 'counted_once', 'submission_bytes']
+           'submission_code', 'self_extracting', 'count_code', 'counted_once', 'submission_bytes']
 
 # %% ../nbs/33_onefile.ipynb #17deeee2
 import argparse
 import ast
 import copy
-import hashlib
 import json
 import math
 import os
@@ -40,7 +39,7 @@ from .attention import attention_call, document_numbers
 from .corpus import embedded_dataset, resolve_dataset
 from .data import Dataset, find_shards, find_tokenizer, \
     load_tokenizer, tokenizer_sha256
-from .kernels import remembered
+from .kernels import remembered, source_hash
 from .layout import (Bare, as_literal, broken, code_text, minified,
                          packers)
 from .lean import slimmed
@@ -558,17 +557,11 @@ def count_code(cfg # a `Config`
     return len(self_extracting(submission_code(cfg)[0]))
 
 # %% ../nbs/33_onefile.ipynb #1473ad34
-def package_hash():
-    "sha256 of the package's source."
-    here = Path(str(files('golf')))
-    return hashlib.sha256(b''.join(
-        p.read_bytes() for p in sorted(here.glob('*.py')))).hexdigest()
-
 def counted_once(cfg,  # a `Config`
                  count # how, if nobody has: `Config` -> bytes, 0 if unknown
                  ):
     "Bytes of code, as `count` or an earlier process has them."
-    facts = plain_kernels(published(cfg)), package_hash(), sys.version
+    facts = plain_kernels(published(cfg)), source_hash(), sys.version
     return remembered(lambda: count(cfg), ('code', *facts), bool)[0]
 
 @cache

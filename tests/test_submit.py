@@ -129,7 +129,7 @@ def test_counted_once(tmp_path, monkeypatch):
         tmp_path/Path(cfg.data.path).name)))
     assert counted_once(elsewhere, count) == 101
     assert counted_once(replace(cfg, limit_bytes=10**6), count) == 102
-    monkeypatch.setattr(onefile, 'package_hash', lambda: 'other')
+    monkeypatch.setattr(onefile, 'source_hash', lambda: 'other')
     assert counted_once(cfg, count) == 103 and len(asked) == 3
 
 
