@@ -49,9 +49,9 @@ class Rotary(nn.Module):
                  ):
         super().__init__()
         dims = dims or head_dim
-        self.parts = dims//2, dims//2, head_dim - dims
         inv = base ** (-torch.arange(0, dims, 2).double() / dims)
         angle = torch.outer(torch.arange(max_len).double(), inv)
+        angle = torch.cat((angle, -angle), 1)
         for name, table in (('cos', angle.cos()), ('sin', angle.sin())):
             self.register_buffer(name, table.float(), persistent=False)
 
@@ -59,14 +59,15 @@ class Rotary(nn.Module):
                 x,      # [B, T, H, D] queries or keys
                 first=0 # position of the first
                 ):
-        T, limit = first + x.size(1), self.cos.size(0)
+        (limit, R), T = self.cos.shape, first + x.size(1)
         if T > limit:
             raise ValueError(f'a row of {T} tokens, but the rotary tables '
                              f'were built for {limit}')
         cos = self.cos[first:T, None].to(x.dtype)
         sin = self.sin[first:T, None].to(x.dtype)
-        a, b, rest = x.split(self.parts, dim=-1)
-        return torch.cat((a*cos + b*sin, b*cos - a*sin, rest), dim=-1)
+        swapped = x[..., :R].unflatten(-1, (2, -1)).flip(-2).flatten(-2)
+        rest = 0, x.size(-1) - R
+        return x*F.pad(cos, rest, value=1.) + F.pad(swapped*sin, rest)
 
 # %% ../nbs/07_attention.ipynb #2c5ce490
 def ntk_base(base, # for rows of the reference length

@@ -7,8 +7,9 @@ __all__ = ['H100_FLOPS', 'H100_BYTES', 'TILES', 'BENCH_SHAPES', 'floor_ms', 'mlp
            'act_gradient', 'Tile', 'product_kernel', 'mend_interpreter', 'jitted', 'launch', 'act_forward',
            'act_backward', 'mlp_forward', 'mlp_context', 'mlp_backward', 'kernel_ops', 'fused_mlp', 'kernel_obstacle',
            'time_ms', 'MLPCase', 'quickest', 'tile_error', 'fastest_tile', 'KernelChoice', 'decide', 'source_hash',
-           'machine_facts', 'remembered', 'chosen_in', 'choose_mlp', 'both_ways', 'mlp_plain', 'capped_loss',
-           'bench_row', 'mlp_error', 'bench_mlp', 'bench_loss', 'bench_kernels']
+           'machine_facts', 'remembered', 'chosen_in', 'choose_mlp', 'in_eight', 'product_eight', 'six_in_eight',
+           'both_ways', 'mlp_plain', 'capped_loss', 'bench_row', 'mlp_error', 'bench_mlp', 'bench_loss', 'bench_eight',
+           'bench_kernels']
 
 # %% ../nbs/06_kernels.ipynb #a1a14ba8
 import functools
@@ -464,6 +465,33 @@ def choose_mlp(wish,   # "auto", "on" or "off", from train.kernels
     return KernelChoice(**found | dict(tiles=tuple(found['tiles']),
         why=found['why'] + chosen_in(began, known)))
 
+# %% ../nbs/06_kernels.ipynb #7641e1f5
+def in_eight(x,    # a matrix
+             dtype # torch.float8_e4m3fn, or e5m2 for gradients
+             ):
+    "(`x` over its scale in eight bits, the scale)."
+    scale = x.abs().amax().float() / torch.finfo(dtype).max
+    return (x / scale).to(dtype), scale
+
+def product_eight(a, # [M, K], from `in_eight`
+                  b  # [N, K], likewise
+                  ):
+    "[M, N]: a bᵀ in bfloat16. Sizes are multiples of 16."
+    (a, s), (b, t) = a, b
+    return torch._scaled_mm(a, b.T, s, t, out_dtype=torch.bfloat16,
+                            use_fast_accum=True)
+
+# %% ../nbs/06_kernels.ipynb #efa397e2
+def six_in_eight(x, # [n, i] inputs
+                 w, # [o, i] the weight
+                 g  # [n, o] gradient of the output
+                 ):
+    "Pairs for the output, the gradient of `x`, and that of `w`."
+    eight = lambda z, dtype: in_eight(z.contiguous(), dtype)
+    e4, e5 = torch.float8_e4m3fn, torch.float8_e5m2
+    return ((eight(x, e4), eight(w, e4)), (eight(g, e5), eight(w.T, e4)),
+            (eight(g.T, e5), eight(x.T, e4)))
+
 # %% ../nbs/06_kernels.ipynb #2f0ccb6d
 def both_ways(f,     # of tensors
               inputs # tensors, the floating ones get gradients
@@ -574,6 +602,27 @@ def bench_loss(device, # torch.device
                      both_ways(capped_loss, inputs), fast)
 
 # %% ../nbs/06_kernels.ipynb #edf1ba10
+def bench_eight(device, # torch.device
+                name,   # of the layer
+                tokens, # rows
+                d_in, d_out # columns of its input and output
+                ):
+    "The row of a layer's three products, in eight bits as the kernel."
+    draw = torch.Generator(device).manual_seed(2)
+    x, w, g = (torch.randn(shape, generator=draw, device=device).bfloat16()
+               for shape in ((tokens, d_in), (d_out, d_in), (tokens, d_out)))
+    plain = lambda: (x @ w.T, g @ w, g.T @ x)
+    flops = 2*tokens*d_in*d_out
+    cost = 3*flops, 6*(tokens*(d_in + d_out) + d_in*d_out)
+    if device.type != 'cuda': return bench_row(name, device, cost, plain)
+    eight = lambda pairs: [product_eight(*pair) for pair in pairs]
+    fast = torch.compile(lambda *t: eight(six_in_eight(*t)))
+    pairs, few = six_in_eight(x, w, g), slice(1024)
+    exact = x[few].double() @ w.double().T
+    off = product_eight(*pairs[0])[few].double() - exact
+    return bench_row(name, device, cost, plain, lambda: fast(x, w, g),
+                     lambda: eight(pairs), (off.norm()/exact.norm()).item())
+
 def bench_kernels(device, # torch.device
                   shapes=BENCH_SHAPES, # (name, tokens, d, h, leaky) each
                   vocab=1024 # V of the loss
@@ -582,4 +631,8 @@ def bench_kernels(device, # torch.device
     if device.type == 'cpu':
         shapes = [(s[0], 256, 64, s[3] // 8, s[4]) for s in shapes]
     rows = [row for shape in shapes for row in bench_mlp(device, shape)]
+    system, tokens, d, hidden, _ = shapes[-1]
+    layers = dict(qkv=(d, 3*d), out=(d, d), up=(d, hidden), down=(hidden, d))
+    rows += [bench_eight(device, f'{system} {name}, eight bits', tokens, *size)
+             for name, size in layers.items()]
     return rows + [bench_loss(device, *shapes[0][1:3], vocab)]
