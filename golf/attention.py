@@ -56,15 +56,14 @@ class Rotary(nn.Module):
             self.register_buffer(name, table.float(), persistent=False)
 
     def forward(self,
-                x,      # [B, T, H, D] queries or keys
-                first=0 # position of the first
+                x # [B, T, H, D] queries or keys
                 ):
-        (limit, R), T = self.cos.shape, first + x.size(1)
+        (limit, R), T = self.cos.shape, x.size(1)
         if T > limit:
             raise ValueError(f'a row of {T} tokens, but the rotary tables '
                              f'were built for {limit}')
-        cos = self.cos[first:T, None].to(x.dtype)
-        sin = self.sin[first:T, None].to(x.dtype)
+        cos = self.cos[:T, None].to(x.dtype)
+        sin = self.sin[:T, None].to(x.dtype)
         swapped = x[..., :R].unflatten(-1, (2, -1)).flip(-2).flatten(-2)
         rest = 0, x.size(-1) - R
         return x*F.pad(cos, rest, value=1.) + F.pad(swapped*sin, rest)
@@ -578,14 +577,13 @@ class Attention(nn.Module):
         self.k, self.v = Linear(dim, kv_dim), Linear(dim, kv_dim)
         self.q_gain = nn.Parameter(torch.full((heads,), float(q_gain)))
 
-    def project(self, x, first):
-        "Queries from position `first` on, keys and values, [B, T, ...]."
-        parts = self.q, self.k, self.v
-        if torch.compiler.is_compiling() and not first:
-            rows = torch.cat([m.used(x.dtype) for m in parts])
-            return F.linear(x, rows).split([len(m.weight) for m in parts], -1)
-        end = x[:, first:] if first else x  # one input, one Hessian
-        return self.q(end), self.k(x), self.v(x)
+    def project(self, x):
+        "Queries, keys and values of all heads, [B, T, H + 2 H_kv, D]."
+        parts, width = (self.q, self.k, self.v), x.size(-1) // self.heads
+        if torch.compiler.is_compiling():
+            z = F.linear(x, torch.cat([m.used(x.dtype) for m in parts]))
+        else: z = torch.cat([m(x) for m in parts], -1)
+        return z.unflatten(-1, (-1, width))
 
     def forward(self,
                 x,         # [B, T, d], normalised
@@ -595,13 +593,12 @@ class Attention(nn.Module):
                 first=0,   # outputs of positions first..T-1 only
                 scale=None # [d] of the output's channels
                 ):
-        B, T, d = x.shape
-        q, k, v = self.project(x, first)
-        if value is not None: v = v + value
-        q, k, v = (z.unflatten(-1, (-1, d // self.heads)) for z in (q, k, v))
-        gain = self.q_gain[:, None].expand(*q.shape[:3], 1).to(x.dtype)
-        q = rotary(rms(q), first) * gain
-        q, k, v = (z.transpose(1, 2) for z in (q, rotary(rms(k)), v))
-        y = attend(q, k, v)
+        H, G = self.heads, self.kv_heads
+        z, v = self.project(x).split((H + G, G), 2)
+        if value is not None: v = v + value.view_as(v)
+        gain = torch.cat((self.q_gain, self.q_gain.new_ones(G)))[:, None]
+        z = rotary(rms(z)) * gain.expand(*z.shape[:3], 1).to(x.dtype)
+        q, k, v = (z.transpose(1, 2) for z in (*z.split((H, G), 2), v))
+        y = attend(q[:, :, first:], k, v)
         if self.xsa: y = exclude_self(y, v[:, :, first:])
-        return self.o(y.transpose(1, 2).reshape(B, T - first, d), scale)
+        return self.o(y.transpose(1, 2).flatten(2), scale)

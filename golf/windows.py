@@ -66,7 +66,8 @@ def pass_flops(cfg, # a `ModelConfig`
              if k.endswith('.weight') and not k.endswith('table.weight')}
     head, deep = sizes.pop('tok_emb.weight'), f'blocks.{cfg.layers - 1}.'
     late = head + sum(n for k, n in sizes.items() if k.startswith(deep)
-                      and not k.endswith(('.k.weight', '.v.weight')))
+                      and k.endswith(('.o.weight', '.up.weight',
+                                      '.down.weight')))
     early, total = head + sum(sizes.values()) - late, 0
     for w in plan:
         ends = w.length - w.first
