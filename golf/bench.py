@@ -301,6 +301,7 @@ def nest_events(events # from `trace_calls`
 
 # %% ../nbs/36_bench.ipynb #79258d53
 NAME_RULES = (
+    ('heads', r'^triton_\w*(flip|clamp\w*div\w*squeeze)'), # RoPE, XSA
     ('attention', r'sdpa|fmha|flash|scaled_dot_product|attention|'
                   r'compute_dot_do_o|convert_dq'),
     ('optimizer', r'multi_tensor_apply|_foreach|adam|muon|newton|polar|lerp'),
