@@ -6,10 +6,10 @@
 __all__ = ['H100_FLOPS', 'H100_BYTES', 'TILES', 'BENCH_SHAPES', 'floor_ms', 'mlp_passes', 'last_bit', 'squared_act',
            'act_gradient', 'Tile', 'product_kernel', 'mend_interpreter', 'jitted', 'launch', 'act_forward',
            'act_backward', 'mlp_forward', 'mlp_context', 'mlp_backward', 'kernel_ops', 'fused_mlp', 'kernel_obstacle',
-           'time_ms', 'MLPCase', 'quickest', 'tile_error', 'fastest_tile', 'KernelChoice', 'decide', 'source_hash',
-           'machine_facts', 'remembered', 'chosen_in', 'choose_mlp', 'in_eight', 'product_eight', 'six_in_eight',
-           'both_ways', 'mlp_plain', 'capped_loss', 'bench_row', 'mlp_error', 'bench_mlp', 'bench_loss', 'bench_eight',
-           'bench_kernels']
+           'time_ms', 'MLPCase', 'quickest', 'norm_error', 'tile_error', 'fastest_tile', 'KernelChoice', 'decide',
+           'source_hash', 'machine_facts', 'remembered', 'chosen_in', 'choose_mlp', 'in_eight', 'product_eight',
+           'six_in_eight', 'both_ways', 'mlp_plain', 'capped_loss', 'bench_row', 'mlp_error', 'bench_mlp', 'bench_loss',
+           'bench_eight', 'bench_kernels']
 
 # %% ../nbs/06_kernels.ipynb #a1a14ba8
 import functools
@@ -330,14 +330,17 @@ def quickest(times # {way: its time}
     return next((k for k, t in times.items() if t <= 1.03*least), None)
 
 # %% ../nbs/06_kernels.ipynb #25491e2e
+def norm_error(found, exact):
+    "Norm of the deviation, relative to that of the float64 tensor `exact`."
+    return ((found.double() - exact).norm() / exact.norm()).item()
+
 def tile_error(case, # an `MLPCase` of a few rows
                half, # 0 forward, 1 backward
                tile  # a place in `TILES`
                ):
     "Norm of the kernel's deviation from PyTorch's result, relative to it."
     want = case.run(half, -1).double()
-    return ((case.run(half, tile).double() - want).norm() / want.norm()
-            ).item()
+    return norm_error(case.run(half, tile), want)
 
 def fastest_tile(large, # an `MLPCase` of the size to measure
                  small, # one of a few rows
@@ -554,8 +557,7 @@ def mlp_error(device, # torch.device
     exact = both_ways(lambda *t: mlp_plain(*t, leaky),
                       [t.double() for t in tensors])()
     ours = both_ways(lambda *t: fused_mlp(*t, leaky, tiles), tensors)()
-    return max(((a.double() - b).norm() / b.norm()).item()
-               for a, b in zip(ours, exact))
+    return max(map(norm_error, ours, exact))
 
 # %% ../nbs/06_kernels.ipynb #5ede5413
 def bench_mlp(device, # torch.device
@@ -619,9 +621,9 @@ def bench_eight(device, # torch.device
     fast = torch.compile(lambda *t: eight(six_in_eight(*t)))
     pairs, few = six_in_eight(x, w, g), slice(1024)
     exact = x[few].double() @ w.double().T
-    off = product_eight(*pairs[0])[few].double() - exact
+    error = norm_error(product_eight(*pairs[0])[few], exact)
     return bench_row(name, device, cost, plain, lambda: fast(x, w, g),
-                     lambda: eight(pairs), (off.norm()/exact.norm()).item())
+                     lambda: eight(pairs), error)
 
 def bench_kernels(device, # torch.device
                   shapes=BENCH_SHAPES, # (name, tokens, d, h, leaky) each

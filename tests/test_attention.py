@@ -281,9 +281,7 @@ def exact(cfg, T, kernel='sdpa'):
     "In float64, rotary tables too."
     model = build_model(cfg, T, 3, torch.float64).double()
     for block in model.blocks: block.attn.q_gain.data.fill_(3.)
-    inv = cfg.rope_base ** (-torch.arange(0, cfg.rope_dims, 2).double() / cfg.rope_dims)
-    angle = torch.outer(torch.arange(T).double(), inv)
-    angle = torch.cat((angle, -angle), 1)
+    angle = A.rotary_angles(cfg.rope_base, T, cfg.rope_dims)
     model.rotary.cos, model.rotary.sin = angle.cos(), angle.sin()
     choose_attention(model, kernel, Ranks(), 1, T)
     return model
