@@ -85,15 +85,15 @@ def ntk_base(base, # for rows of the reference length
     return base * r ** (dims / (dims-2)) if dims > 2 else base
 
 # %% ../nbs/07_attention.ipynb #efe6eb13
-def exclude_self(y, # [B, H, T, D] what attention returned
-                 v  # [B, H_kv, T, D] values
+def exclude_self(y, # [B, T, H, D] what attention returned
+                 v  # [B, T, H_kv, D] values
                  ):
     "`y` without its part along each position's own value."
     wide = torch.promote_types(y.dtype, torch.float32)
     dot = lambda a, b: (a * b).sum(-1, keepdim=True, dtype=wide)
-    y, v = y.unflatten(1, (v.size(1), -1)), v[:, :, None]
+    y, v = y.unflatten(2, (v.size(2), -1)), v[..., None, :]
     part = dot(y, v) / dot(v, v).clamp(min=1e-24)
-    return (y - part * v).type_as(y).flatten(1, 2)
+    return (y - part * v).type_as(y).flatten(2, 3)
 
 # %% ../nbs/07_attention.ipynb #9c9dc19c
 def visible(q,     # [B, T, H, D]
@@ -605,8 +605,8 @@ class Attention(nn.Module):
         z, v = self.project(x).split((H + G, G), 2)
         if value is not None: v = v + value.view_as(v)
         gain = torch.cat((self.q_gain, self.q_gain.new_ones(G)))[:, None]
-        z = rotary(rms(z)) * gain.expand(*z.shape[:3], 1).to(x.dtype)
-        q, k, v = (z.transpose(1, 2) for z in (*z.split((H, G), 2), v))
-        y = attend(q[:, :, first:], k, v)
-        if self.xsa: y = exclude_self(y, v[:, :, first:])
-        return self.o(y.transpose(1, 2).flatten(2), scale)
+        z = rotary(rms(z) * gain.expand(*z.shape[:3], 1).to(x.dtype))
+        q, k = (z.transpose(1, 2) for z in z.split((H, G), 2))
+        y = attend(q[:, :, first:], k, v.transpose(1, 2)).transpose(1, 2)
+        if self.xsa: y = exclude_self(y, v[:, first:])
+        return self.o(y.flatten(2), scale)
