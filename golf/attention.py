@@ -66,10 +66,10 @@ class Rotary(nn.Module):
     def forward(self,
                 x # [B, T, H, D] queries or keys
                 ):
-        (limit, R), T = self.cos.shape, x.size(1)
-        if T > limit:
+        T, R = x.size(1), self.cos.size(1)
+        if T > len(self.cos):
             raise ValueError(f'a row of {T} tokens, but the rotary tables '
-                             f'were built for {limit}')
+                             f'were built for {len(self.cos)}')
         cos = self.cos[:T, None].to(x.dtype)
         sin = self.sin[:T, None].to(x.dtype)
         swapped = x[..., :R].unflatten(-1, (2, -1)).flip(-2).flatten(-2)
@@ -604,7 +604,7 @@ class Attention(nn.Module):
         H, G = self.heads, self.kv_heads
         z, v = self.project(x).split((H + G, G), 2)
         if value is not None: v = v + value.view_as(v)
-        gain = torch.cat((self.q_gain, self.q_gain.new_ones(G)))[:, None]
+        gain = F.pad(self.q_gain, (0, G), value=1.)[:, None]
         z = rotary(rms(z) * gain.expand(*z.shape[:3], 1).to(x.dtype))
         q, k = (z.transpose(1, 2) for z in z.split((H, G), 2))
         y = attend(q[:, :, first:], k, v.transpose(1, 2)).transpose(1, 2)

@@ -119,5 +119,5 @@ def fit_temperature(model, # a `GPT`, not compiled, weights as exported
         step = slope / curve
         last, beta = beta, min(max(beta - step, beta/2), 2*beta)
         if abs(beta/last - 1) < 1e-3: return 1/beta
-    raise ValueError('temperature: no minimum found, the last was '
-        f'{1/beta:.3g}. Give score.temperature as a number, or more rows')
+    raise ValueError(f'temperature: no minimum near {1/beta:.3g}; give '
+                     'score.temperature a number, or more rows')

@@ -33,9 +33,9 @@ def inverse_factor(hessian, # [n, n] float64
             return torch.linalg.solve_triangular(lower.flip(0, 1), eye,
                                                  upper=True)
         lift = 10*lift
-    raise ValueError('GPTQ: a Hessian is not positive definite, even with '
-                     f'{100*damp:g} of its mean diagonal added. It is no '
-                     'mean of x x^T; collect it anew')
+    raise ValueError(f'GPTQ: a Hessian with {100*damp:g} of its mean '
+                     'diagonal added is not positive definite; collect it '
+                     'anew')
 
 # %% ../nbs/23_gptq.ipynb #7ec2c34e
 def columns_in_order(w,       # [rows, cols] weights

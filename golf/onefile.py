@@ -43,6 +43,7 @@ from .kernels import remembered, source_hash
 from .layout import (Bare, as_literal, broken, code_text, minified,
                          packers)
 from .lean import slimmed
+from .model import APART
 from .ranks import start_ranks
 from .rules import check_clock
 from .score import score_artifact
@@ -261,7 +262,7 @@ def whole_graph(model, how):
 
 def whole_always(model, how='on'):
     "The same where it is compiled in any case."
-    return torch.compile(model, fullgraph=True, dynamic=False)
+    return torch.compile(model, fullgraph=True, dynamic=False, options=APART)
 
 class Settled(ast.NodeTransformer):
     "Write what is known into the class of the network."
@@ -542,7 +543,7 @@ def self_extracting(code, # text of `submission_code`
     "Bytes of a script that unpacks this one and runs it."
     body, _, _ = code.partition(START.partition('(')[0])
     forms = []
-    for i in (0, 8, 16, 22, 24, 34):  # which letter is whose: luck
+    for i in (5, 16, 19, 20, 21, 23):  # which letter is whose: luck
         text, names = minified(body, ascii_letters[i:] + ascii_letters[:i])
         start, config = (names[k] for k in ('run_submission', 'Config'))
         forms += [STUB.format(module=k, text=as_literal(pack(text.encode())),
