@@ -178,7 +178,7 @@ class ByLayers:
     def __getattr__(self, name): return getattr(self._orig_mod, name)
 
 # %% ../nbs/09_model.ipynb #ded07345
-APART = {'triton.mix_order_reduction': False}
+APART = {'triton.mix_order_reduction': False} # joined, registers spill
 COMPILER = APART | dict(unsafe_marked_cacheable_functions={
     f'torch.nn.attention.{name}': torch.__version__
     for name in ('_sdpa_kernel', '_backend_from_string')})
